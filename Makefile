@@ -1,0 +1,42 @@
+# Set-up, the main job, the tests. Needs Python 3.11 or newer with venv, and the package registry.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: help venv demo test lint bench clean
+help:
+	@echo "make demo    decode the bundled model with offloaded experts and compare predictors (about 2 minutes)"
+	@echo "make test    all tests"
+	@echo "make bench   the figures of docs/results.md (about 10 minutes; wants a quiet machine)"
+	@echo "make lint    ruff and mypy"
+	@echo "make venv    set up $(VENV) only; the others do it when needed"
+	@echo "make clean   remove $(VENV), packed experts and outputs"
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "gatecast needs Python 3.11 or newer, '$(PYTHON)' is older: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "setting up $(VENV) (a few minutes, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' 2>$(VENV)/pip.log || \
+		{ grep -v '^WARNING: Location' $(VENV)/pip.log | tail -n 5 >&2; echo "installing failed; the whole log is $(VENV)/pip.log" >&2; exit 1; }
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python -m experiments.decode experiment=demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	$(BIN)/python -m experiments.bench
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .cache outputs multirun

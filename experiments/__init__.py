@@ -1,0 +1,1 @@
+"""Runnable studies: Hydra entry points that compose predictors and the offload runtime."""

@@ -1,0 +1,163 @@
+"""One arm of a comparison: a cache, a predictor and a planner over the same store, and one run of it."""
+
+from __future__ import annotations
+
+import gc
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from transformers import PreTrainedModel
+
+from experiments.config import compose_policy
+from experiments.generation import Generation, greedy
+from experiments.workload import Batch
+from predictors.none import NoPredictor
+from prefetch.cache.base import CachePolicy
+from prefetch.cache.none import NoCache
+from prefetch.cache.resident import Resident
+from prefetch.errors import CapacityError, ConfigError
+from prefetch.fast_tier import FastTier
+from prefetch.geometry import MoEGeometry
+from prefetch.model import attach
+from prefetch.planner.none import NoPrefetch
+from prefetch.recorder import RunRecord
+from prefetch.runtime import OffloadRuntime
+from prefetch.slots import SlotPool, parse_slots
+from prefetch.store import ExpertStore
+from prefetch.trace import RoutingTrace
+from prefetch.transfers.link import EmulatedLink
+from prefetch.transfers.sources import DiskSource, HostSource, Source
+from prefetch.transfers.threads import ThreadTransfers
+
+
+@dataclass(frozen=True)
+class SlotBudget:
+    """How an arm divides its slots. Every arm of a comparison has the same number, whatever it uses them for."""
+
+    n_slots: int
+    capacity: int  # cache members
+    staging: int  # prefetches not yet confirmed
+    transient: int  # experts the policy declines
+
+
+@dataclass
+class ArmRun:
+    """One run of one arm over the whole workload."""
+
+    record: RunRecord
+    trace: RoutingTrace
+    generations: list[Generation]
+    predictor_failed: bool
+    peak_rss_bytes: int
+
+
+def slot_budget(cfg: DictConfig, geometry: MoEGeometry) -> SlotBudget:
+    """Divide `cfg.cache.slots`. An arm without predictor leaves its staging slots to the cache: equal memory for all.
+
+    Raises:
+        CapacityError: too few slots for one token's experts, or for the cache beside staging.
+    """
+    policy_class = cfg.cache._target_
+    if policy_class == f"{Resident.__module__}.{Resident.__name__}":
+        return SlotBudget(geometry.n_total, geometry.n_total, 0, 0)
+    n_slots = parse_slots(cfg.cache.slots, geometry)
+    if n_slots < geometry.top_k:
+        raise CapacityError(
+            f"cache.slots={cfg.cache.slots} gives {n_slots} slots, but one token needs {geometry.top_k} experts per layer: "
+            f"give at least {geometry.top_k}"
+        )
+    prefetches = not _is(cfg.predictor, NoPredictor) and cfg.cache.prefetch_admission == "staging"
+    staging = cfg.cache.staging if prefetches else 0
+    transient = n_slots - staging if _is(cfg.cache, NoCache) else cfg.cache.transient
+    capacity = n_slots - staging - transient
+    if capacity < (0 if _is(cfg.cache, NoCache) else 1):
+        raise CapacityError(
+            f"cache.slots={cfg.cache.slots} gives {n_slots} slots; {staging} for staging and {transient} for transients leave "
+            "none for the cache: raise cache.slots or lower cache.staging"
+        )
+    return SlotBudget(n_slots, capacity, staging, transient)
+
+
+def build_policy(cfg: DictConfig, budget: SlotBudget, geometry: MoEGeometry) -> CachePolicy:
+    """The arm's cache policy, per layer or over all layers."""
+    return compose_policy(cfg.cache, budget.capacity, geometry.n_layers)
+
+
+def build_source(cfg: DictConfig, store: ExpertStore) -> Source:
+    """The backing tier."""
+    kinds = {"disk": DiskSource, "host": HostSource}
+    if cfg.tier.kind not in kinds:
+        raise ConfigError(f"tier.kind={cfg.tier.kind} is unknown; choose one of {', '.join(kinds)}")
+    return kinds[cfg.tier.kind](store.path, store.offset, store.row_bytes)
+
+
+@contextmanager
+def runtime(cfg: DictConfig, store: ExpertStore, trace: RoutingTrace | None) -> Iterator[OffloadRuntime]:
+    """The arm's runtime, closed at the end of the block. `trace` is what an oracle reads."""
+    geometry = store.geometry
+    budget = slot_budget(cfg, geometry)
+    pool = SlotPool(geometry, budget.n_slots)
+    link = EmulatedLink(cfg.tier.link.bytes_per_s, cfg.tier.link.latency_s) if cfg.tier.link else None
+    transfers = ThreadTransfers(
+        build_source(cfg, store),
+        pool.buffer,
+        n_threads=cfg.tier.n_threads,
+        chunk_bytes=cfg.tier.chunk_bytes,
+        link=link,
+        check=store.check_row if cfg.tier.verify else None,
+    )
+    try:
+        tier = FastTier(
+            pool,
+            build_policy(cfg, budget, geometry),
+            transfers,
+            staging=budget.staging,
+            transient=budget.transient,
+            policy_admits=cfg.cache.prefetch_admission == "policy",
+        )
+        predictor = instantiate(cfg.predictor)
+        if trace is not None and hasattr(predictor, "use_trace"):
+            predictor.use_trace(trace)
+        planner = instantiate(cfg.planner) if not _is(cfg.predictor, NoPredictor) or _computes_on_cpu(cfg) else NoPrefetch()
+        yield OffloadRuntime(geometry, tier, predictor, planner, store.read_expert)
+    finally:
+        transfers.close()
+
+
+def run_arm(
+    cfg: DictConfig,
+    model: PreTrainedModel,
+    store: ExpertStore,
+    batches: list[Batch],
+    new_tokens: int,
+    trace: RoutingTrace | None,
+    metadata: dict[str, str],
+) -> ArmRun:
+    """Decode the whole workload once with this arm, from a cold cache."""
+    gc.collect()  # so that no arm pays for the garbage of another
+    with runtime(cfg, store, trace) as served:
+        with attach(model, served):
+            generations = [greedy(model, batch.token_ids, new_tokens) for batch in batches]
+        served.finish()
+        failed = isinstance(served.predictor, NoPredictor) and not _is(cfg.predictor, NoPredictor)
+        record = served.recorder.record(served.tier.records)
+        peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return ArmRun(record, served.recorder.trace(metadata), generations, failed, peak_rss_bytes)
+
+
+def rounding_unit(dtype: torch.dtype) -> float:
+    """Relative spacing of the dtype's numbers."""
+    return torch.finfo(dtype).eps
+
+
+def _is(cfg: DictConfig, kind: type) -> bool:
+    return cfg._target_ == f"{kind.__module__}.{kind.__name__}"
+
+
+def _computes_on_cpu(cfg: DictConfig) -> bool:
+    return "cpu_fallback" in cfg.planner._target_

@@ -1,0 +1,166 @@
+"""What may be configured, with types; and what a configuration must not combine.
+
+`cache`, `predictor` and `planner` are plug-ins: their knobs are the arguments of the class that `_target_` names, here or in
+anybody's code, and are checked against its signature.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra.errors
+from hydra.core.config_store import ConfigStore
+from hydra.utils import get_class, instantiate
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from prefetch.errors import ConfigError
+
+REPOSITORY = Path(__file__).parents[1]
+CACHE_COMMON = ("slots", "staging", "transient", "scope", "prefetch_admission")  # keys of `cache` that are not the policy's
+CHOICES = {
+    "model.dtype": ("float32", "float16", "bfloat16"),
+    "tier.kind": ("disk", "host"),
+    "cache.scope": ("global", "per_layer"),
+    "cache.prefetch_admission": ("staging", "policy"),
+    "backend.kind": ("torch",),
+    "tracking.mode": ("offline", "online", "disabled"),
+}
+
+
+@dataclass
+class ModelConfig:
+    path: str = MISSING
+    dtype: str = "float32"
+    pack_dir: str = ".cache/packs"
+
+
+@dataclass
+class LinkConfig:
+    bytes_per_s: float = MISSING
+    latency_s: float = MISSING
+
+
+@dataclass
+class TierConfig:
+    kind: str = MISSING
+    n_threads: int = MISSING
+    chunk_bytes: int = MISSING
+    verify: bool = False
+    link: LinkConfig | None = None
+
+
+@dataclass
+class WorkloadConfig:
+    prompts: str | None = None
+    text: str | None = None
+    n_prompts: int = 8
+    new_tokens: int = 96
+    batch_size: int = 1
+    max_prompt_tokens: int = 384
+    warmup_batches: int = 1
+
+
+@dataclass
+class BackendConfig:
+    kind: str = "torch"
+    n_threads: int = 1
+
+
+@dataclass
+class DecodeConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: Any = MISSING
+    predictor: Any = MISSING
+    planner: Any = MISSING
+    tier: TierConfig = field(default_factory=TierConfig)
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    tracking: Any = MISSING
+    arms: dict[str, list[str]] = field(default_factory=dict)
+    repeats: int = 3
+    seed: int = 0
+    check_tokens: bool = True
+    timeline_forwards: int = 24
+
+
+def register() -> None:
+    """Make the typed schema known to Hydra as `decode_schema`."""
+    ConfigStore.instance().store(name="decode_schema", node=DecodeConfig)
+
+
+def validate(cfg: DictConfig) -> None:
+    """Refuse what types alone let through.
+
+    Raises:
+        ConfigError: naming the option at fault and what would be right.
+    """
+    for option, choices in CHOICES.items():
+        value = OmegaConf.select(cfg, option)
+        if value not in choices:
+            raise ConfigError(f"{option}={value}: choose one of {', '.join(choices)}")
+    for option, least in (
+        ("repeats", 1),
+        ("workload.n_prompts", 1),
+        ("workload.new_tokens", 2),
+        ("workload.batch_size", 1),
+        ("workload.max_prompt_tokens", 1),
+        ("workload.warmup_batches", 0),
+        ("cache.staging", 0),
+        ("cache.transient", 1),
+        ("backend.n_threads", 1),
+    ):
+        value = OmegaConf.select(cfg, option)
+        if not isinstance(value, int) or value < least:
+            raise ConfigError(f"{option}={value}: it must be a whole number, at least {least}")
+    if cfg.tier.link is not None and (cfg.tier.link.bytes_per_s <= 0 or cfg.tier.link.latency_s < 0):
+        raise ConfigError(f"tier.link={cfg.tier.link}: bytes_per_s must be above 0 and latency_s at least 0")
+    n_batches = cfg.workload.n_prompts // cfg.workload.batch_size
+    if cfg.workload.warmup_batches >= n_batches:
+        raise ConfigError(
+            f"workload.warmup_batches={cfg.workload.warmup_batches} leaves none of the {n_batches} batches to measure: raise "
+            "workload.n_prompts"
+        )
+    _check_knobs("cache", cfg.cache, given=("capacity",), common=CACHE_COMMON)
+    _check_knobs("predictor", cfg.predictor)
+    _check_knobs("planner", cfg.planner)
+    _check_knobs("tracking", cfg.tracking)
+    if cfg.cache.prefetch_admission == "policy" and not get_class(cfg.cache._target_).admits_prefetch:
+        raise ConfigError(
+            f"cache.prefetch_admission=policy, but {cfg.cache._target_} does not admit prefetches: use an slru cache, or staging"
+        )
+
+
+def compose_policy(cache: DictConfig, capacity: int, n_layers: int) -> Any:
+    """The cache policy that `cache` describes, for `capacity` experts, over all layers or split among them."""
+    from prefetch.cache.per_layer import PerLayer
+
+    knobs = {key: value for key, value in cache.items() if key not in CACHE_COMMON}
+    make: Callable[[int], Any] = instantiate(OmegaConf.create(knobs))
+    return make(capacity) if cache.scope == "global" else PerLayer(capacity, n_layers, make)
+
+
+def repository_path(path: str) -> Path:
+    """`path` as it is if absolute or present here, else relative to the repository."""
+    found = Path(path)
+    return found if found.is_absolute() or found.exists() else REPOSITORY / found
+
+
+def _check_knobs(group: str, node: Any, given: tuple[str, ...] = (), common: tuple[str, ...] = ()) -> None:
+    """Every key is an argument of the plug-in's class."""
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    if not target:
+        raise ConfigError(f"{group} has no _target_: name the class to use, e.g. through {group}=NAME")
+    try:
+        known = inspect.signature(get_class(target)).parameters
+    except (hydra.errors.HydraException, ImportError, ValueError) as error:
+        raise ConfigError(f"{group}._target_={target} cannot be imported: {str(error).splitlines()[0]}") from error
+    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return
+    for key in node:
+        if key not in known and key not in common and not str(key).startswith("_"):
+            options = ", ".join([*common, *(name for name in known if name not in given)]) or "none"
+            raise ConfigError(f"{group}.{key} is not an option of {target}; its options are: {options}")

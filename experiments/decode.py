@@ -1,0 +1,305 @@
+"""Decode a workload with offloaded experts and compare arms in one interleaved run: the main experiment.
+
+    python -m experiments.decode experiment=demo
+    python -m experiments.decode predictor=gate_reuse cache.slots=0.45
+    python -m experiments.decode --help
+
+Every arm decodes the same prompts greedily; repeats are interleaved, so that the machine's drift hits all alike. Arms must
+agree to the last bit, and with the unmodified model in every token, before any number is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import AutoModelForCausalLM
+
+from experiments import launch, plots, tables
+from experiments.arm import ArmRun, build_source, run_arm, slot_budget
+from experiments.atomic import write_text
+from experiments.config import CACHE_COMMON, repository_path, validate
+from experiments.generation import Generation, divergences, greedy, same_bits
+from experiments.link_rate import measured_bytes_per_s
+from experiments.provenance import provenance
+from experiments.results import BASELINE, BELADY, BOUND, PREDICTOR, ArmResult, Quality, Results
+from experiments.timeline import write_timeline
+from experiments.tracking import Tracker
+from experiments.workload import Batch, load_batches
+from prefetch.accounting import summarise, violations
+from prefetch.cache.belady import belady_hits
+from prefetch.errors import ConfigError, GatecastError, TokenMismatchError
+from prefetch.model import load_offloaded, quiet_transformers
+from prefetch.recorder import RunRecord
+from prefetch.store import ExpertStore
+from prefetch.trace import RoutingTrace
+
+console = Console(stderr=True)
+
+
+@dataclass
+class Measured:
+    """One arm's repeats. Of the last repeat everything is kept, of the others the figures."""
+
+    cfg: DictConfig
+    role: str
+    repeats: list[dict[str, float]] = field(default_factory=list)
+    last: ArmRun | None = None
+
+
+def main() -> None:
+    launch.run("decode", decode)
+
+
+def decode(cfg: DictConfig, folder: Path) -> None:
+    """Run all arms of `cfg` and write results, tables, plots, timelines and routing traces to `folder`."""
+    arms = compose_arms(cfg)
+    torch.manual_seed(cfg.seed)
+    torch.set_num_threads(cfg.backend.n_threads)
+    model_folder, dtype = repository_path(cfg.model.path), getattr(torch, cfg.model.dtype)
+    store = ExpertStore.open(model_folder, dtype, repository_path(cfg.model.pack_dir))
+    for arm in arms.values():
+        slot_budget(arm.cfg, store.geometry)  # too few slots are known before anything runs
+    batches = _batches(cfg, model_folder)
+    reference = _reference(cfg, model_folder, dtype, batches) if cfg.check_tokens else None
+    link_bytes_per_s = _link_rate(cfg, store)
+
+    model = load_offloaded(model_folder, dtype)
+    metadata = {"model": model_folder.name, "fingerprint": store.fingerprint, "workload": str(OmegaConf.to_yaml(cfg.workload))}
+    recording: RoutingTrace | None = None
+    with _progress("decoding", (cfg.repeats + 1) * len(arms)) as advance:
+        for repeat in range(-1, cfg.repeats):  # the first pass warms up and records what oracles read; it is not measured
+            for name in _rotated(list(arms), repeat):
+                arm = arms[name]
+                if repeat < 0 and recording is not None:
+                    advance()
+                    continue
+                source_arm = arms[_recording_arm(arms)] if repeat < 0 else arm
+                run = run_arm(source_arm.cfg, model, store, batches, cfg.workload.new_tokens, recording, metadata)
+                _check(name, run, reference, arms, torch.finfo(dtype).eps)
+                if repeat < 0:
+                    recording = run.trace
+                else:
+                    measured = after_warmup(run.record, cfg.workload.warmup_batches)
+                    arm.repeats.append(summarise(measured, link_bytes_per_s))
+                    arm.last = run
+                advance()
+    results = _results(cfg, arms, store, link_bytes_per_s, reference is not None)
+    _write(cfg, results, arms, folder)
+
+
+def compose_arms(cfg: DictConfig) -> dict[str, Measured]:
+    """Every arm's full configuration: the command line's, with the arm's own overrides on top.
+
+    Where an arm chooses another file of a group, the command line's knobs of that group do not apply to it, but for those
+    that all caches share.
+    """
+    hydra_cfg = HydraConfig.get()
+    given = [override for override in hydra_cfg.overrides.task if not override.startswith(("arms", "+arms", "~arms"))]
+    if not cfg.arms:
+        raise ConfigError("arms is empty: name at least one arm, e.g. arms='{slru: [predictor=none, planner=none]}'")
+    arms = {}
+    for name, overrides in cfg.arms.items():
+        chosen = {override.split("=")[0] for override in overrides}
+        kept = [override for override in given if _applies(override, chosen)]
+        arm_cfg = compose(hydra_cfg.job.config_name, overrides=[*kept, *overrides])
+        try:
+            validate(arm_cfg)
+        except ConfigError as error:
+            raise ConfigError(f"arm {name}: {error}") from error
+        arms[name] = Measured(arm_cfg, _role(arm_cfg, BASELINE in (arm.role for arm in arms.values())))
+    return arms
+
+
+def _applies(override: str, chosen_groups: set[str]) -> bool:
+    key = override.lstrip("+~").split("=")[0]
+    group, _, knob = key.partition(".")
+    return group not in chosen_groups or (group == "cache" and knob in CACHE_COMMON and knob != "prefetch_admission")
+
+
+def _role(cfg: DictConfig, has_baseline: bool) -> str:
+    classes = {cfg.cache._target_.rsplit(".", 1)[1], cfg.predictor._target_.rsplit(".", 1)[1]}
+    if classes & {"Oracle", "Resident", "NoCache"}:
+        return BOUND
+    if "NoPredictor" in classes and not has_baseline:
+        return BASELINE
+    return PREDICTOR
+
+
+def _recording_arm(arms: dict[str, Measured]) -> str:
+    """An arm that needs no recording itself."""
+    for name, arm in arms.items():
+        if not arm.cfg.predictor._target_.endswith(".Oracle"):
+            return name
+    raise ConfigError("every arm is an oracle, and none can record what oracles read: add an arm without, e.g. predictor=none")
+
+
+def _rotated(names: list[str], repeat: int) -> list[str]:
+    """Each repeat begins with another arm, so that none always follows the same neighbour's mess."""
+    shift = repeat % len(names)
+    return names[shift:] + names[:shift]
+
+
+def _batches(cfg: DictConfig, model_folder: Path) -> list[Batch]:
+    workload = cfg.workload
+    return load_batches(
+        model_folder,
+        prompts=repository_path(workload.prompts) if workload.prompts else None,
+        text=Path(workload.text) if workload.text else None,
+        n_prompts=workload.n_prompts,
+        batch_size=workload.batch_size,
+        max_prompt_tokens=workload.max_prompt_tokens,
+    )
+
+
+def _reference(cfg: DictConfig, model_folder: Path, dtype: torch.dtype, batches: list[Batch]) -> list[Generation]:
+    """What the unmodified model says, as transformers runs it."""
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).eval()
+    with _progress("unmodified model", len(batches)) as advance:
+        generations = []
+        for batch in batches:
+            generations.append(greedy(model, batch.token_ids, cfg.workload.new_tokens))
+            advance()
+    return generations
+
+
+def _link_rate(cfg: DictConfig, store: ExpertStore) -> float:
+    """Bytes/s that `link_utilisation` is a share of: the emulated link's, or the backing tier's own, measured now."""
+    if cfg.tier.link is not None:
+        return float(cfg.tier.link.bytes_per_s)
+    source = build_source(cfg, store)
+    try:
+        return measured_bytes_per_s(source, store.geometry, cfg.tier.n_threads)
+    finally:
+        source.close()
+
+
+def _check(name: str, run: ArmRun, reference: list[Generation] | None, arms: dict[str, Measured], epsilon: float) -> None:
+    """Refuse a run that is wrong: its books, its bits against other arms, its tokens against the unmodified model."""
+    broken = violations(run.record)
+    if broken:
+        raise GatecastError(f"arm {name}: the run's books do not balance: {'; '.join(broken)}")
+    for other_name, other in arms.items():
+        if other.last is not None and not same_bits(run.generations, other.last.generations):
+            raise TokenMismatchError(f"arm {name} computed other logits than arm {other_name}: a lossless arm must not; please report it")
+    if reference is None:
+        return
+    wrong = [d for d in divergences(reference, run.generations, epsilon) if d.margin > d.rounding]
+    if wrong:
+        raise TokenMismatchError(
+            f"arm {name} generated another token than the unmodified model at batch {wrong[0].batch}, step {wrong[0].step}, where the "
+            f"two best logits differ by {wrong[0].margin:.3g}, more than rounding explains ({wrong[0].rounding:.3g})"
+        )
+
+
+def after_warmup(record: RunRecord, n_batches: int) -> RunRecord:
+    """The rows of `record` from the `n_batches`-th batch on."""
+    return RunRecord(*(table[table["sequence"] >= n_batches] for table in (record.calls, record.forwards, record.transfers)))
+
+
+def _results(cfg: DictConfig, arms: dict[str, Measured], store: ExpertStore, link_bytes_per_s: float, compared: bool) -> Results:
+    any_run = next(arm.last for arm in arms.values() if arm.last is not None)
+    budget = slot_budget(next((a.cfg for a in arms.values() if a.role == BASELINE), cfg), store.geometry)
+    trace = any_run.trace
+    counted = [f.step > 0 and f.sequence >= cfg.workload.warmup_batches for f in trace.forwards() for _ in range(trace.n_layers)]
+    belady = belady_hits(trace.routing_events(), budget.capacity, counted)
+    found = provenance(cfg.seed, store.path) | {"link_bytes_per_s": link_bytes_per_s}
+    return Results(
+        config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
+        provenance=found,
+        arms={
+            name: ArmResult(
+                arm.role,
+                arm.repeats,
+                _quality(arm.last, cfg.workload.warmup_batches),
+                lossless=compared,
+                emulated=arm.cfg.tier.link is not None,
+            )
+            for name, arm in arms.items()
+        },
+        bounds={BELADY: belady.hit_rate},
+        slots=budget.n_slots,
+        slots_fraction=budget.n_slots / store.geometry.n_total,
+        peak_rss_bytes=max(arm.last.peak_rss_bytes for arm in arms.values() if arm.last is not None),
+    )
+
+
+def _quality(run: ArmRun | None, warmup: int) -> Quality | None:
+    if run is None:
+        return None
+    trace = run.trace
+    kept = trace.sequence >= warmup
+    arrays = {f.name: getattr(trace, f.name)[kept] for f in dataclasses.fields(trace) if f.name in _ROW_ARRAYS}
+    guesses, resident = ({d: a[kept] for d, a in group.items()} for group in (trace.guesses, trace.resident))
+    return Quality.of(dataclasses.replace(trace, **arrays, guesses=guesses, resident=resident))
+
+
+_ROW_ARRAYS = {"sequence", "step", "phase", "token_ids", "topk_ids", "topk_weights"}
+
+
+def _write(cfg: DictConfig, results: Results, arms: dict[str, Measured], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tracker: Tracker = instantiate(cfg.tracking)
+    tracker.start(results.config, folder)
+    for name, arm in arms.items():
+        if arm.last is None:
+            continue
+        first = len(arm.last.record.forwards[arm.last.record.forwards["sequence"] < cfg.workload.warmup_batches])
+        write_timeline(arm.last.record, folder / f"timeline_{name}.json", first, cfg.timeline_forwards)
+        if arm.last.trace.guesses or arm.role == BASELINE:
+            arm.last.trace.save(folder / f"trace_{name}.safetensors")
+        write_text(folder / f"calls_{name}.csv", arm.last.record.calls.to_csv(index=False))
+        write_text(folder / f"transfers_{name}.csv", arm.last.record.transfers.to_csv(index=False))
+    tables.write_comparison(results, folder)
+    images = [folder / "time_breakdown.png", folder / "recall_per_layer.png", folder / "tokens_per_s.png"]
+    plots.time_breakdown(results, images[0])
+    plots.recall_per_layer(results, images[1])
+    plots.tokens_per_s_vs_slots([results], images[2])
+    _track(tracker, results, images)
+    results.save(folder)  # last: a folder with results.json is complete
+    Console().print(tables.rich_comparison(results))
+    for name, arm in arms.items():
+        if arm.last is not None and arm.last.predictor_failed:
+            console.print(f"warning: the predictor of arm {name} failed and was switched off; its figures are those without prefetch")
+    console.print(f"results: {folder}")
+
+
+def _track(tracker: Tracker, results: Results, images: list[Path]) -> None:
+    table = tables.comparison(results)
+    metrics = {
+        f"{row['arm']}/{column}": row[column]
+        for row in table.to_dict("records")
+        for column in ("tokens_per_s", "ratio", "hit_rate", "recall", "stall_share")
+        if pd.notna(row.get(column))
+    }
+    tracker.log(metrics)
+    tracker.log_table("comparison", table)
+    for image in images:
+        if image.exists():
+            tracker.log_image(image.stem, image)
+    tracker.finish()
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator:
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Greedy decoding, and proof that two ways of running a model say the same."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+
+@dataclass
+class Generation:
+    """What one batch generated. `digests` identify the exact bits of every step's logits."""
+
+    tokens: Tensor  # [B, new_tokens] int64
+    digests: list[str]  # per step, of the logits [B, V]
+    top_values: list[Tensor] = field(default_factory=list)  # per step [B, 2], the two largest logits
+    top_ids: list[Tensor] = field(default_factory=list)  # per step [B, 2], their tokens
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first step where a generation leaves the reference: how close the two candidates were there."""
+
+    batch: int
+    row: int
+    step: int
+    margin: float  # difference of the reference's two largest logits
+    rounding: float  # what the two summation orders may differ by there: the logits' own rounding unit times their count
+
+
+@torch.inference_mode()
+def greedy(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Generation:
+    """Decode `new_tokens` tokens after `prompt` [B, n], always taking the likeliest, never stopping early."""
+    cache = DynamicCache(config=model.config)
+    token_ids, tokens = prompt, []
+    generation = Generation(torch.empty(0), [])
+    for _ in range(new_tokens):
+        logits = model(input_ids=token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        token_ids = logits.argmax(-1, keepdim=True)
+        tokens.append(token_ids)
+        generation.digests.append(hashlib.blake2b(logits.contiguous().view(torch.uint8).numpy(), digest_size=12).hexdigest())
+        top = logits.float().topk(2, dim=-1)
+        generation.top_values.append(top.values)
+        generation.top_ids.append(top.indices)
+    generation.tokens = torch.cat(tokens, dim=1)
+    return generation
+
+
+def same_bits(one: list[Generation], other: list[Generation]) -> bool:
+    """All logits of all steps are bit-identical."""
+    return [g.digests for g in one] == [g.digests for g in other]
+
+
+def divergences(reference: list[Generation], other: list[Generation], epsilon: float) -> list[Divergence]:
+    """Where `other` first leaves `reference`, per sequence, with the reference's margin between its two best tokens.
+
+    Args:
+        epsilon: rounding unit of the model's dtype. The two may differ by a few of those, scaled by the logits' size; a
+            larger margin at a divergence means a wrong result, not rounding.
+    """
+    found = []
+    for batch, (ours, theirs) in enumerate(zip(other, reference, strict=True)):
+        for row in range(len(ours.tokens)):
+            differs = (ours.tokens[row] != theirs.tokens[row]).nonzero()
+            if len(differs):
+                step = int(differs[0])
+                values = theirs.top_values[step][row]
+                rounding = 8 * epsilon * float(values.abs().max())
+                found.append(Divergence(batch, row, step, float(values[0] - values[1]), rounding))
+    return found

@@ -1,0 +1,127 @@
+"""What every Hydra entry point shares: one clear line for a user's mistake, clean interruption, sweeps that go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from experiments import config as configuration
+from experiments.atomic import write_json
+from prefetch.errors import GatecastError
+
+FINISHED, FAILED = "finished.json", "failure.json"
+TRACEBACK = "GATECAST_TRACEBACK"  # set to 1: show where an error came from
+
+Task = Callable[[DictConfig, Path], None]
+
+
+def run(config_name: str, task: Task) -> None:
+    """Compose `config_name` from the command line and run `task(cfg, output_folder)`; exits with 2 for a user's mistake.
+
+    In a sweep (`--multirun`) a failing job does not stop the others, and a finished one is not run again: see `Sweep`.
+    """
+    configuration.register()
+    quieten_libraries()
+
+    @hydra.main(version_base="1.3", config_path=str(configuration.REPOSITORY / "conf"), config_name=config_name)
+    def job(cfg: DictConfig) -> None:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            _run_in_sweep(cfg, folder, task)
+            return
+        try:
+            task(cfg, folder)
+        except GatecastError as error:  # here, before Hydra adds its own words
+            _report(error)
+            sys.exit(2)
+
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints and exits by itself, with its own words
+    try:
+        job()
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted")
+        sys.exit(130)
+    except (HydraException, OmegaConfBaseException) as error:
+        _report(error)
+        sys.exit(2)
+
+
+def quieten_libraries() -> None:
+    """Libraries speak only when something is wrong."""
+    for name in ("transformers", "wandb", "matplotlib", "hydra", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def one_line(error: BaseException) -> str:
+    """What is wrong, in one line. Hydra's messages carry lists and hints on further lines; the first ones say it."""
+    cause = error.__cause__ or error.__context__
+    texts = [str(error).strip()] + ([str(cause).strip()] if isinstance(cause, OmegaConfBaseException | HydraException) else [])
+    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+    kept = [line for line in dict.fromkeys(lines) if not line.startswith(("full_key", "object_type", "reference_type"))]
+    return "; ".join(kept[:4]) or type(error).__name__
+
+
+def _report(error: BaseException) -> None:
+    if os.environ.get(TRACEBACK) == "1":
+        traceback.print_exception(error)
+    print(f"error: {one_line(error)}", file=sys.stderr)
+
+
+def _fingerprint(cfg: DictConfig) -> str:
+    return hashlib.blake2b(OmegaConf.to_yaml(cfg, resolve=True, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _run_in_sweep(cfg: DictConfig, folder: Path, task: Task) -> None:
+    """One job of a sweep: skipped if the same configuration has finished in this folder, recorded if it fails."""
+    fingerprint = _fingerprint(cfg)
+    if _read(folder / FINISHED).get("config") == fingerprint:
+        Console(stderr=True).print(f"already finished: {folder}")
+        return
+    (folder / FAILED).unlink(missing_ok=True)
+    try:
+        task(cfg, folder)
+    except Exception as error:  # any failure: the other jobs of the sweep go on, and Sweep reports it at the end
+        _report(error)
+        write_json(folder / FAILED, {"config": fingerprint, "error": one_line(error), "type": type(error).__name__})
+    else:
+        write_json(folder / FINISHED, {"config": fingerprint})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+class Sweep(Callback):
+    """At the end of a sweep: name the jobs that failed, and exit with 1 if there are any."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        failed = sorted(folder.glob(f"*/{FAILED}"))
+        finished = len(list(folder.glob(f"*/{FINISHED}")))
+        print(f"sweep {folder}: {finished} finished, {len(failed)} failed", file=sys.stderr)
+        for path in failed:
+            print(f"  failed: {path.parent.name}: {_read(path).get('error')}", file=sys.stderr)
+        if failed:
+            sys.exit(1)

@@ -1,0 +1,32 @@
+"""What the backing tier can deliver: expert-sized reads, without queues, slots or policies."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from prefetch.geometry import ExpertKey, MoEGeometry
+from prefetch.memory import allocate_pages
+from prefetch.transfers.sources import Source
+
+N_READS = 256
+
+
+def measured_bytes_per_s(source: Source, geometry: MoEGeometry, n_threads: int, n_reads: int = N_READS) -> float:
+    """Bytes per second of `n_reads` random expert rows read by `n_threads` threads, each into its own buffer."""
+    row_bytes = geometry.expert.row_bytes
+    buffers = [memoryview(allocate_pages(row_bytes, "measuring the link")) for _ in range(n_threads)]
+    flat = np.random.default_rng(0).integers(geometry.n_total, size=n_reads)
+    keys = [ExpertKey(*divmod(int(i), geometry.n_experts)) for i in flat]
+
+    def read_share(thread: int) -> None:
+        for key in keys[thread::n_threads]:
+            source.read_into(key, 0, buffers[thread])
+
+    with ThreadPoolExecutor(n_threads) as pool:
+        list(pool.map(read_share, range(n_threads)))  # once to warm up: first touch of the buffers
+        started = time.perf_counter()
+        list(pool.map(read_share, range(n_threads)))
+    return n_reads * row_bytes / (time.perf_counter() - started)

@@ -1,0 +1,70 @@
+"""What a predictor is: it maps what one MoE layer has seen to scores for layers still to come.
+
+It knows hidden states, routings and token ids. It knows no cache, no link, no clock.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """What a predictor may know of the model: its sizes and its own routers. `L` MoE layers, `E` experts, `k` per token."""
+
+    n_layers: int
+    n_experts: int
+    top_k: int
+    hidden_size: int
+    router_logits: Sequence[Callable[[Tensor], Tensor]]  # per layer: normalised hidden [T, H] -> logits [T, E]
+    pre_moe_norm: Sequence[Callable[[Tensor], Tensor]]  # per layer: residual [T, H] -> router input [T, H]
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What one MoE layer has seen when its router has just fired. `T` tokens of one forward pass."""
+
+    layer: int  # MoE layer index, 0-based
+    step: int  # forward pass of this sequence: 0 is the prefill, n the n-th decoded token
+    sequence: int  # which sequence (prompt) of the run
+    hidden: Tensor  # [T, H], the router's input
+    residual: Tensor | None  # [T, H], the stream before the pre-MoE norm; None unless `needs_residual`
+    topk_ids: Tensor  # [T, k] int64, what the router selected
+    topk_weights: Tensor  # [T, k]
+    token_ids: Tensor  # [T] int64
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Scores for one coming MoE layer. Higher is likelier; only the order within a row carries meaning."""
+
+    layer: int  # target layer; if it is <= the observing layer, it is meant for the next forward pass
+    scores: Tensor  # [T, E], or [1, E] where the same ranking serves all tokens; finite, -inf = never
+
+
+class Predictor(ABC):
+    """Base of every predictor family. One file and one YAML each."""
+
+    needs_residual = False  # True: the runtime captures `LayerView.residual`
+    name: str = ""
+
+    def bind(self, model: ModelView) -> None:
+        """Called once before the first prediction."""
+        self.model = model
+
+    def start_sequence(self) -> None:
+        """A new sequence begins: forget what belonged to the last one."""
+
+    @abstractmethod
+    def predict(self, seen: LayerView) -> list[Prediction]:
+        """Scores for zero or more coming layers, nearest first. Called once per MoE layer call, in layer order."""
+
+
+def stable_top(scores: Tensor, m: int) -> Tensor:
+    """Ids of the `m` highest scores per row, [T, m] int64; of equal scores the lower expert id comes first."""
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :m]

@@ -1,0 +1,37 @@
+"""Gate reuse: the target layer's own router, applied early to the stream that will reach it.
+
+Each layer adds little to the residual stream, so router_{N+d}(norm_{N+d}(residual_N)) already ranks most of the experts
+that layer N+d will choose (Eliseev & Mazur, arXiv 2312.17238; with the target layer's norm, arXiv 2603.19289).
+Cost: no parameters; one norm and 2 * H * E FLOPs a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from predictors.base import LayerView, ModelView, Prediction, Predictor
+from predictors.lookahead import check_lookahead
+
+
+@dataclass
+class GateReuse(Predictor):
+    """Scores are the target router's logits on today's residual."""
+
+    lookahead: int = 1  # layers between the observation and its one target
+
+    name = "gate_reuse"
+    needs_residual = True
+
+    def bind(self, model: ModelView) -> None:
+        """Check the distance against the model's depth."""
+        super().bind(model)
+        check_lookahead(self.lookahead, model.n_layers - 1)
+
+    def predict(self, seen: LayerView) -> list[Prediction]:
+        """Logits [T, E] for layer `seen.layer + lookahead`; nothing past the last layer."""
+        assert seen.residual is not None, "needs_residual is set: the runtime must capture the residual"
+        target = seen.layer + self.lookahead
+        if target >= self.model.n_layers:
+            return []
+        router_input = self.model.pre_moe_norm[target](seen.residual)
+        return [Prediction(target, self.model.router_logits[target](router_input))]

@@ -1,0 +1,1 @@
+"""The offload runtime: expert store, slots, cache policies, transfers, planners."""

@@ -1,0 +1,1 @@
+"""Cache policies: which experts stay in the fast tier. One policy a file; bounds and replay beside them."""

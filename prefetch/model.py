@@ -1,0 +1,159 @@
+"""A transformers model whose routed experts live in an `ExpertStore` instead of in its parameters.
+
+Non-expert weights load through transformers as usual. The experts modules lose their parameters before any weight is
+materialised, and their forward goes to the `OffloadRuntime` through transformers' experts interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.utils import logging as transformers_logging
+
+from predictors.base import ModelView
+from prefetch.errors import CheckpointError, UnsupportedModelError
+from prefetch.families import Family, family_of, moe_layer_indices
+from prefetch.geometry import MoEGeometry
+from prefetch.runtime import OffloadRuntime
+
+IMPLEMENTATION = "gatecast"  # the name under which our experts forward is registered with transformers
+
+
+def load_offloaded(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model in `folder` without its routed experts, in evaluation mode.
+
+    Raises:
+        UnsupportedModelError: no family knows where this architecture keeps its experts, or it is not a SwiGLU MoE.
+        CheckpointError: non-expert weights are missing from the checkpoint.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    family = family_of(config)
+    if config.hidden_act not in ("silu", "swish"):
+        raise UnsupportedModelError(f"{folder}: hidden_act={config.hidden_act!r}; gatecast's expert MLP computes 'silu' only")
+    with quiet_transformers():
+        model, report = _without_experts(type(config), family).from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True
+        )
+    if report["missing_keys"]:
+        raise CheckpointError(f"{folder}: the checkpoint lacks {', '.join(sorted(report['missing_keys'])[:5])}")
+    model.set_experts_implementation(IMPLEMENTATION)
+    return model.eval()
+
+
+@contextmanager
+def attach(model: PreTrainedModel, runtime: OffloadRuntime) -> Iterator[OffloadRuntime]:
+    """Let `runtime` serve the MoE layers of `model` for the length of a `with` block."""
+    family = family_of(model.config)
+    blocks = moe_blocks(model, family)
+    runtime.bind(model_view(model, family, runtime.geometry))
+    with ExitStack() as undo:
+        for layer, block in enumerate(blocks):
+            experts = getattr(block, family.experts)
+            experts.offload_layer, experts.offload_runtime = layer, runtime
+            undo.callback(delattr, experts, "offload_runtime")
+        if runtime.predictor.needs_residual:
+            for norm in pre_moe_norms(model, family):
+                undo.callback(norm.register_forward_pre_hook(_capture_residual(runtime)).remove)
+        undo.callback(model.register_forward_pre_hook(_begin(runtime), with_kwargs=True).remove)
+        undo.callback(model.register_forward_hook(_end(runtime)).remove)
+        yield runtime
+
+
+def model_view(model: PreTrainedModel, family: Family, geometry: MoEGeometry) -> ModelView:
+    """What predictors may know of `model`."""
+    routers = [getattr(block, family.router) for block in moe_blocks(model, family)]
+    return ModelView(
+        geometry.n_layers,
+        geometry.n_experts,
+        geometry.top_k,
+        geometry.expert.hidden,
+        [_logits_of(router) for router in routers],
+        pre_moe_norms(model, family),
+    )
+
+
+def moe_blocks(model: PreTrainedModel, family: Family) -> list[nn.Module]:
+    """The MoE blocks of the model, in layer order."""
+    return [getattr(layer, family.moe_block) for layer in _moe_layers(model)]
+
+
+def pre_moe_norms(model: PreTrainedModel, family: Family) -> list[nn.Module]:
+    """The norm in front of each MoE block."""
+    return [getattr(layer, family.pre_moe_norm) for layer in _moe_layers(model)]
+
+
+def _moe_layers(model: PreTrainedModel) -> list[nn.Module]:
+    layers = model.get_decoder().layers
+    return [layers[i] for i in moe_layer_indices(model.config)]
+
+
+def _logits_of(router: nn.Module) -> Callable[[Tensor], Tensor]:
+    weight, bias = router.weight, getattr(router, "bias", None)
+    return lambda hidden: nn.functional.linear(hidden, weight, bias)
+
+
+def _without_experts(config_class: type, family: Family) -> type[PreTrainedModel]:
+    """The architecture's class, whose instances drop the experts' parameters while they are still on the meta device."""
+    base = AutoModelForCausalLM._model_mapping[config_class]
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        for block in moe_blocks(self, family):
+            experts = getattr(block, family.experts)
+            for name, _ in list(experts.named_parameters(recurse=False)):
+                experts.register_parameter(name, None)
+            experts._is_hf_initialized = True  # nothing is left for transformers to initialise
+
+    # The module name stays the base's: transformers reads its source to learn what the architecture supports.
+    body = {"__init__": __init__, "__module__": base.__module__, "_keys_to_ignore_on_load_unexpected": [r"\.experts\."]}
+    return type(base.__name__, (base,), body)
+
+
+def _experts_forward(experts: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    return experts.offload_runtime.layer_call(experts.offload_layer, hidden, topk_ids, topk_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
+
+
+def _begin(runtime: OffloadRuntime) -> Callable:
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        token_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        cache = kwargs.get("past_key_values")
+        runtime.begin_forward(token_ids.reshape(-1), new_sequence=cache is None or cache.get_seq_length() == 0)
+
+    return hook
+
+
+def _end(runtime: OffloadRuntime) -> Callable:
+    def hook(module: nn.Module, args: tuple, output: Any) -> None:
+        runtime.end_forward()
+
+    return hook
+
+
+def _capture_residual(runtime: OffloadRuntime) -> Callable:
+    def hook(norm: nn.Module, args: tuple) -> None:
+        runtime.residual = args[0].reshape(-1, args[0].shape[-1])
+
+    return hook
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Loading prints a bar of its own, and warnings about expert weights it is told to leave out."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()

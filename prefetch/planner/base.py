@@ -1,0 +1,36 @@
+"""What a planner is: scores + cache state + link state -> an ordered list of prefetches. All cost models live here."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from predictors.base import Prediction
+from prefetch.geometry import ExpertKey, MoEGeometry
+
+
+@dataclass(frozen=True)
+class FastTierView:
+    """What a planner may know of the fast tier and the link at the moment it is asked."""
+
+    on_board: Callable[[ExpertKey], bool]  # the expert is in a slot or already on its way into one
+    free_slots: int  # slots a prefetch may land in without evicting anything
+    queued_bytes: int  # bytes submitted to the link and not yet moved
+
+
+class Planner(ABC):
+    """Chooses prefetches. Pure: no tensors beyond the scores, no threads, no clock."""
+
+    def bind(self, geometry: MoEGeometry) -> None:
+        """Called once before the first plan."""
+        self.geometry = geometry
+
+    @abstractmethod
+    def plan(self, predictions: Sequence[Prediction], tier: FastTierView) -> list[ExpertKey]:
+        """Experts to prefetch, most urgent first; at most `tier.free_slots` of them, none of them on board."""
+
+    def compute_on_cpu(self, missing: Sequence[ExpertKey], tier: FastTierView) -> list[ExpertKey]:
+        """Those of the `missing` experts of the layer in progress that the CPU should compute from the backing tier
+        instead of bringing them into slots (hybrid planners override this)."""
+        return []

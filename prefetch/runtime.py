@@ -1,0 +1,232 @@
+"""The offload runtime: one MoE layer call, from the router's choice to the weighted sum of its experts.
+
+`OffloadRuntime.layer_call` is the method of this project in one screen: look up, demand, predict, plan, compute what is
+present, wait, compute what arrived, record. It holds no policy of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.expert_mlp import expert_mlp, weighted_sum
+from predictors.base import LayerView, ModelView, Prediction, Predictor
+from predictors.none import NoPredictor
+from prefetch.dispatch import Dispatch, dispatch
+from prefetch.errors import RoutingError, TransferError
+from prefetch.fast_tier import Demand, FastTier, LookUp
+from prefetch.geometry import ExpertKey, MoEGeometry
+from prefetch.planner.base import FastTierView, Planner
+from prefetch.recorder import CallTimer, Recorder
+
+log = logging.getLogger(__name__)
+
+ReadExpert = Callable[[ExpertKey], tuple[Tensor, Tensor]]  # (gate_up [2I, H], down [H, I]) straight from the backing tier
+
+
+class OffloadRuntime:
+    """Serves the MoE layers of one model out of a fast tier that need not hold all experts.
+
+    Args:
+        geometry: sizes of the routed part of the model.
+        tier: slots, cache members and transfers.
+        predictor: guesses coming experts; a hint only.
+        planner: turns guesses into prefetches, and misses into CPU work.
+        read_expert: an expert's weights from the backing tier, for those the CPU computes.
+    """
+
+    def __init__(self, geometry: MoEGeometry, tier: FastTier, predictor: Predictor, planner: Planner, read_expert: ReadExpert):
+        self.geometry, self.tier, self.predictor, self.planner = geometry, tier, predictor, planner
+        self.read_expert = read_expert
+        self.recorder = Recorder(geometry)
+        self.keys = [[ExpertKey(layer, e) for e in range(geometry.n_experts)] for layer in range(geometry.n_layers)]
+        self.sequence, self.step = -1, 0
+        self.residual: Tensor | None = None  # of the layer in progress, where the predictor asks for it
+        planner.bind(geometry)
+
+    def bind(self, model: ModelView) -> None:
+        """Tell the predictor about the model. Called by `prefetch.model.attach`."""
+        self.predictor.bind(model)
+
+    def begin_forward(self, token_ids: Tensor, *, new_sequence: bool) -> None:
+        """A forward pass over `token_ids` [T] begins; `new_sequence` when it is a prefill."""
+        if new_sequence:
+            self.sequence, self.step = self.sequence + 1, 0
+            self.predictor.start_sequence()
+        else:
+            self.step += 1
+        self.tier.sequence, self.tier.step = self.sequence, self.step
+        self.token_ids = token_ids
+        self.recorder.begin_forward(self.sequence, self.step, token_ids)
+
+    def end_forward(self) -> None:
+        """The forward pass is over."""
+        self.recorder.end_forward()
+
+    def layer_call(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """The MoE layer's output [T, H].
+
+        Args:
+            layer: MoE layer index.
+            hidden: [T, H], the router's input.
+            topk_ids: [T, k] int64, what the router selected; `topk_weights`: [T, k].
+
+        Raises:
+            RoutingError: the router's weights are not finite.
+            TransferError: a needed expert could not be read.
+        """
+        timer = CallTimer(time.perf_counter())
+        self._check_routing(layer, topk_weights)
+        self.recorder.routed(topk_ids, topk_weights)
+        work = dispatch(topk_ids)
+        rows = hidden.new_empty(topk_ids.numel(), hidden.shape[1])
+
+        found = self._look_up(layer, work)
+        waiting = self.tier.start(found.misses)
+        self._predict_and_prefetch(layer, hidden, topk_ids, topk_weights, work, timer)
+        for key in found.hits:
+            self._compute(key, hidden, work, rows, timer)
+        for key in found.transient_hits:
+            self.tier.release(key)
+        for key in found.on_cpu:
+            self._compute_on_cpu(key, hidden, work, rows, timer)
+        self._compute_as_they_arrive(found.late + found.misses, waiting, hidden, work, rows, timer)
+
+        started = time.perf_counter()
+        out = weighted_sum(rows.view(*topk_ids.shape, -1), topk_weights.to(rows.dtype))
+        ended = time.perf_counter()
+        timer.expert_s += ended - started
+        self.recorder.called(layer, len(hidden), _counts(work, found), timer, ended)
+        return out
+
+    def _check_routing(self, layer: int, topk_weights: Tensor) -> None:
+        total = float(topk_weights.sum())
+        if total != total or total in (float("inf"), float("-inf")):
+            raise RoutingError(
+                f"the router of MoE layer {layer} gave weights that are not finite (sequence {self.sequence}, step {self.step}): "
+                "the hidden states hold NaN or Inf; check the checkpoint's weights and dtype"
+            )
+
+    def _look_up(self, layer: int, work: Dispatch) -> LookUp:
+        keys = self.keys[layer]
+        return self.tier.look_up(
+            layer, [keys[e] for e in work.experts], lambda absent: self.planner.compute_on_cpu(absent, self._tier_view())
+        )
+
+    def _tier_view(self) -> FastTierView:
+        return FastTierView(self.tier.on_board, self.tier.prefetch_room, self.tier.transfers.queued_bytes)
+
+    def _predict_and_prefetch(
+        self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, work: Dispatch, timer: CallTimer
+    ) -> None:
+        """While the demand loads travel: ask the predictor, record its guesses, start what the planner chooses."""
+        if type(self.predictor) is NoPredictor:
+            return
+        started = time.perf_counter()
+        seen = LayerView(layer, self.step, self.sequence, hidden, self.residual, ids, weights, self.token_ids)
+        predictions = self._guarded_predictions(seen)
+        for prediction in predictions:
+            resident = np.greater_equal(self.tier.pool.slot_of[prediction.layer].numpy(), 0)
+            self.recorder.guessed(prediction, layer, resident)
+        lookahead = {p.layer: (p.layer - layer - 1) % self.geometry.n_layers + 1 for p in predictions}
+        in_use = {self.keys[layer][e] for e in work.experts}
+        for key in self.planner.plan(predictions, self._tier_view()) if predictions else ():
+            self.tier.stage(key, lookahead[key.layer], in_use)
+        timer.predictor_s += time.perf_counter() - started
+
+    def _guarded_predictions(self, seen: LayerView) -> list[Prediction]:
+        """A prediction is a hint: one that fails must not stop the run. It is reported once and switched off."""
+        try:
+            predictions = self.predictor.predict(seen)
+            for prediction in predictions:
+                _check_prediction(prediction, len(seen.hidden), self.geometry)
+            return predictions
+        except Exception as error:  # whatever a plug-in raises
+            log.warning(
+                "predictor %s failed at MoE layer %d (%s: %s): going on without prefetch",
+                type(self.predictor).__name__, seen.layer, type(error).__name__, error,
+            )  # fmt: skip
+            self.predictor = NoPredictor()
+            return []
+
+    def _compute(self, key: ExpertKey, hidden: Tensor, work: Dispatch, rows: Tensor, timer: CallTimer) -> None:
+        slot, pool = self.tier.slots[key], self.tier.pool
+        started = time.perf_counter()
+        _expert_rows(key.expert, pool.gate_up(slot), pool.down(slot), hidden, work, rows)
+        timer.expert_s += time.perf_counter() - started
+
+    def _compute_on_cpu(self, key: ExpertKey, hidden: Tensor, work: Dispatch, rows: Tensor, timer: CallTimer) -> None:
+        started = time.perf_counter()
+        gate_up, down = self.read_expert(key)
+        read = time.perf_counter()
+        timer.stall_s += read - started
+        _expert_rows(key.expert, gate_up, down, hidden, work, rows)
+        timer.expert_s += time.perf_counter() - read
+
+    def _compute_as_they_arrive(
+        self, demands: list[Demand], waiting: list[Demand], hidden: Tensor, work: Dispatch, rows: Tensor, timer: CallTimer
+    ) -> None:
+        """Wait for transfers and compute each expert as it comes; a transient's slot goes to the next one waiting."""
+        pending = {d.record.transfer: d for d in demands if d.record is not None}
+        while pending:
+            started = time.perf_counter()
+            settled = self.tier.transfers.wait_any(list(pending))
+            timer.stall_s += time.perf_counter() - started
+            for transfer in settled:
+                demand = pending.pop(transfer)
+                if transfer.error is not None:
+                    self._give_up([demand, *pending.values(), *waiting], demand)
+                self.tier.arrived(demand)
+                self._compute(demand.key, hidden, work, rows, timer)
+                if demand.transient:
+                    self.tier.release(demand.key)
+            if waiting:
+                started_now, waiting = waiting, self.tier.start(waiting)
+                pending |= {d.record.transfer: d for d in started_now if d.record is not None}
+
+    def _give_up(self, demands: list[Demand], failed: Demand) -> None:
+        """Leave no slot half-written under an expert's name, then surface the error at the layer that needs it."""
+        for demand in demands:
+            if demand.record is not None and not demand.record.transfer.settled:
+                while not demand.record.transfer.settled:
+                    self.tier.transfers.wait_any([demand.record.transfer])
+            self.tier.fail(demand)
+        error = failed.record.transfer.error if failed.record else None
+        raise TransferError(f"expert {failed.key.expert} of MoE layer {failed.key.layer} could not be loaded: {error}") from error
+
+    def finish(self) -> None:
+        """End of the run: settle all prefetches, so that every byte has an outcome."""
+        self.tier.finish()
+
+    def close(self) -> None:
+        """Stop the transfers. The runtime cannot be used again."""
+        self.tier.transfers.close()
+
+
+def _counts(work: Dispatch, found: LookUp) -> tuple[int, int, int, int, int]:
+    n_cpu = len(found.on_cpu)
+    return len(work.experts), len(found.hits), len(found.late), len(found.misses) + n_cpu, n_cpu
+
+
+def _expert_rows(expert: int, gate_up: Tensor, down: Tensor, hidden: Tensor, work: Dispatch, rows: Tensor) -> None:
+    """Write the outputs of one expert into the rows [T * k, H] of its (token, rank) pairs."""
+    if work.tokens is None or work.pairs is None:
+        rows[work.experts.index(expert)] = expert_mlp(hidden, gate_up, down)[0]
+    else:
+        rows[work.pairs[expert]] = expert_mlp(hidden[work.tokens[expert]], gate_up, down)
+
+
+def _check_prediction(prediction: Prediction, n_tokens: int, geometry: MoEGeometry) -> None:
+    scores = prediction.scores
+    if not 0 <= prediction.layer < geometry.n_layers:
+        raise ValueError(f"predicted layer {prediction.layer} of {geometry.n_layers}")
+    if scores.shape not in ((n_tokens, geometry.n_experts), (1, geometry.n_experts)):
+        raise ValueError(f"scores of shape {tuple(scores.shape)}, expected ({n_tokens} or 1, {geometry.n_experts})")
+    peak = float(scores.max())
+    if peak != peak or torch.isnan(scores).any():
+        raise ValueError("scores hold NaN")

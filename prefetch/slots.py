@@ -1,0 +1,167 @@
+"""The fast tier's memory: equal expert-sized slots in one allocation, and the table that says which expert is where."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import re
+
+import torch
+from torch import Tensor
+
+from prefetch.errors import CapacityError, ConfigError
+from prefetch.geometry import ExpertKey, MoEGeometry
+from prefetch.memory import allocate_pages
+
+BYTE_UNITS = {
+    "B": 1,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+CAPACITY_FORMS = 'a count (64), a fraction of all experts (0.25), or bytes ("12GB", "512MiB")'
+
+
+class SlotPool:
+    """`n_slots` equal places for one expert row each.
+
+    A slot is free, or acquired (in flight, or draining), or owned: published for exactly one expert. `slot_of` only
+    ever names published slots, so whoever reads it (kernels do) finds complete rows. One thread calls the methods;
+    other threads write into `buffer(slot)` of acquired slots.
+
+    Attributes:
+        n_slots: slots in all.
+        slot_of: int32 [L, E], the slot of each published expert, -1 where absent.
+    """
+
+    def __init__(self, geometry: MoEGeometry, n_slots: int, device: str = "cpu"):
+        if n_slots < 1:
+            raise CapacityError(f"the fast tier has {n_slots} slots; it needs at least 1 (cache.slots)")
+        self.n_slots = n_slots
+        self._buffers, rows = _allocate(n_slots, geometry.expert.row_bytes, device)
+        self._gate_up, self._down = _views(rows, geometry)
+        self.slot_of = torch.full((geometry.n_layers, geometry.n_experts), -1, dtype=torch.int32)
+        self._table = self.slot_of.numpy()  # the same memory; reading one entry costs a tenth of torch's time
+        self._owner: list[ExpertKey | None] = [None] * n_slots
+        self._is_free = [True] * n_slots
+        self._free = list(range(n_slots))  # a heap
+
+    @property
+    def n_free(self) -> int:
+        return len(self._free)
+
+    def acquire(self) -> int | None:
+        """Take the lowest free slot; None if there is none."""
+        if not self._free:
+            return None
+        slot = heapq.heappop(self._free)
+        self._is_free[slot] = False
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Give back an acquired slot that is not published."""
+        if self._is_free[slot]:
+            raise ValueError(f"slot {slot} is already free")
+        if self._owner[slot] is not None:
+            raise ValueError(f"slot {slot} still holds {self._owner[slot]}: unpublish it before its slot is released")
+        self._is_free[slot] = True
+        heapq.heappush(self._free, slot)
+
+    def publish(self, key: ExpertKey, slot: int) -> None:
+        """Declare the row of `key` complete in `slot`, an acquired slot that nobody owns."""
+        if self._is_free[slot] or self._owner[slot] is not None:
+            raise ValueError(f"slot {slot} cannot take {key}: it is {self._owner[slot] or 'free'}")
+        if self._table[key] >= 0:
+            raise ValueError(f"{key} is in slot {self._table[key]}: it cannot be published in slot {slot} too")
+        self._owner[slot] = key
+        self._table[key] = slot
+
+    def unpublish(self, key: ExpertKey) -> None:
+        """Remove `key` from the table; its slot stays acquired. Nothing happens if `key` is not published."""
+        slot = int(self._table[key])
+        if slot >= 0:
+            self._owner[slot] = None
+            self._table[key] = -1
+
+    def buffer(self, slot: int) -> memoryview:
+        """The slot's bytes, writable, `row_bytes` long, page-aligned."""
+        return self._buffers[slot]
+
+    def gate_up(self, slot: int) -> Tensor:
+        """[2I, H] view into the slot: gate rows, then up rows."""
+        return self._gate_up[slot]
+
+    def down(self, slot: int) -> Tensor:
+        """[H, I] view into the slot."""
+        return self._down[slot]
+
+
+def parse_slots(spec: int | float | str, geometry: MoEGeometry) -> int:
+    """How many slots a capacity means.
+
+    Args:
+        spec: an int is a count (1 is one slot), a float a fraction of all experts (1.0 is all of them, rounded down), a
+            string either of them or bytes: "12GB" (10^9), "512MiB" (2^20). Bytes are a budget: more than all
+            experts need means all experts.
+        geometry: the model's experts.
+
+    Raises:
+        CapacityError: anything else, less than one slot, or more than all experts.
+    """
+    if isinstance(spec, str):
+        return _parse_text(spec.strip(), geometry)
+    if isinstance(spec, bool) or not isinstance(spec, int | float):
+        raise CapacityError(f"capacity {spec!r} is not {CAPACITY_FORMS}")
+    return _from_count(spec, geometry) if isinstance(spec, int) else _from_fraction(spec, geometry)
+
+
+def _parse_text(text: str, geometry: MoEGeometry) -> int:
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)\s*([a-z]*)", text.lower())
+    number, unit = match.groups() if match else ("", "")
+    if unit.upper() in BYTE_UNITS:
+        return _from_bytes(float(number) * BYTE_UNITS[unit.upper()], text, geometry)
+    if not number or unit:
+        raise CapacityError(f"capacity {text!r} is not {CAPACITY_FORMS}")
+    if number.lstrip("-").isdigit():
+        return _from_count(int(number), geometry)
+    return _from_fraction(float(number), geometry)
+
+
+def _from_count(count: int, geometry: MoEGeometry) -> int:
+    if not 1 <= count <= geometry.n_total:
+        raise CapacityError(f"capacity {count} is not between 1 slot and all {geometry.n_total} experts")
+    return count
+
+
+def _from_fraction(fraction: float, geometry: MoEGeometry) -> int:
+    if not 0 < fraction <= 1:
+        raise CapacityError(f"capacity {fraction} is not a fraction of all experts: above 0, at most 1.0")
+    n_slots = math.floor(fraction * geometry.n_total + 1e-9)  # 0.29 * 100 is 28.999...
+    if n_slots < 1:
+        raise CapacityError(f"capacity {fraction} of {geometry.n_total} experts is less than one slot")
+    return n_slots
+
+
+def _from_bytes(n_bytes: float, text: str, geometry: MoEGeometry) -> int:
+    row_bytes = geometry.expert.row_bytes
+    if n_bytes < row_bytes:
+        raise CapacityError(f"capacity {text!r} is less than one slot: an expert of this model takes {row_bytes} bytes")
+    return min(int(n_bytes // row_bytes), geometry.n_total)
+
+
+def _allocate(n_slots: int, row_bytes: int, device: str) -> tuple[list[memoryview], Tensor]:
+    """The only place that knows where slots live: each slot's bytes, and all of them as uint8 [n_slots, row_bytes]."""
+    if device != "cpu":
+        raise ConfigError(f"device {device!r} has no slot pool yet; 'cpu' has")
+    pages = allocate_pages(n_slots * row_bytes, f"a fast tier of {n_slots} slots (cache.slots)")
+    whole = memoryview(pages)
+    buffers = [whole[slot * row_bytes : (slot + 1) * row_bytes] for slot in range(n_slots)]
+    return buffers, torch.frombuffer(pages, dtype=torch.uint8).view(n_slots, row_bytes)
+
+
+def _views(rows: Tensor, geometry: MoEGeometry) -> tuple[list[Tensor], list[Tensor]]:
+    """gate_up [2I, H] and down [H, I] of every slot, made once: a layer call must not pay for slicing."""
+    expert = geometry.expert
+    down_end = expert.down_offset + expert.down_bytes
+    gate_up = [row[: expert.gate_up_bytes].view(expert.dtype).view(expert.gate_up_shape) for row in rows]
+    down = [row[expert.down_offset : down_end].view(expert.dtype).view(expert.down_shape) for row in rows]
+    return gate_up, down

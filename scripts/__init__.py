@@ -1,0 +1,1 @@
+"""Set-up, GPU check-up, and the recipe of the bundled model."""

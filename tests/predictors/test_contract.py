@@ -1,0 +1,59 @@
+"""Every predictor in conf/predictor, found by itself, keeps the promises of `predictors/base.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from omegaconf import OmegaConf
+
+from predictors.base import Predictor
+from prefetch.errors import ConfigError
+from tests.predictors.synthetic_run import CONF, N_LAYERS, check_contract, configured, make_run, show
+
+NAMES = sorted(path.stem for path in (CONF / "predictor").glob("*.yaml"))
+FARTHEST = {"gate_reuse": N_LAYERS - 1}  # others may look into the next forward pass
+WITH_LOOKAHEAD = [name for name in NAMES if "lookahead" in OmegaConf.load(CONF / "predictor" / f"{name}.yaml")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keeps_the_contract(name: str) -> None:
+    predictor = configured("predictor", name)
+    assert isinstance(predictor, Predictor)
+    assert predictor.name == name
+    check_contract(predictor, make_run())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keeps_the_contract_for_a_batch(name: str) -> None:
+    check_contract(configured("predictor", name), make_run(batch=3))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_yaml_and_dataclass_agree_on_the_knobs_and_their_defaults(name: str) -> None:
+    predictor = configured("predictor", name)
+    knobs = dict(OmegaConf.load(CONF / "predictor" / f"{name}.yaml"))
+    del knobs["_target_"]
+    assert knobs == {f.name: f.default for f in dataclasses.fields(predictor) if f.init}
+
+
+@pytest.mark.parametrize("name", WITH_LOOKAHEAD)
+def test_predicts_at_the_largest_lookahead(name: str) -> None:
+    farthest = FARTHEST.get(name, N_LAYERS)
+    predictor = configured("predictor", name, f"predictor.lookahead={farthest}")
+    check_contract(predictor, make_run())
+    pairs = [(view.layer, p.layer) for view, predictions in show(predictor, make_run()) for p in predictions]
+    assert max((target - source - 1) % N_LAYERS + 1 for source, target in pairs) == farthest
+
+
+@pytest.mark.parametrize("name", WITH_LOOKAHEAD)
+def test_refuses_an_impossible_lookahead(name: str) -> None:
+    run, farthest = make_run(), FARTHEST.get(name, N_LAYERS)
+    for lookahead in (0, farthest + 1):
+        predictor = configured("predictor", name, f"predictor.lookahead={lookahead}")
+        with pytest.raises(ConfigError, match=f"predictor.lookahead={lookahead}: it must be from 1 to {farthest}"):
+            next(show(predictor, run))
+
+
+def test_none_predicts_nothing() -> None:
+    assert not any(predictions for _, predictions in show(configured("predictor", "none"), make_run()))

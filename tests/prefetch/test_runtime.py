@@ -1,0 +1,210 @@
+"""The runtime against unmodified transformers, against itself with other parts, and against its own books."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from predictors.base import LayerView, Prediction, Predictor
+from predictors.gate_reuse import GateReuse
+from predictors.oracle import Oracle
+from predictors.popularity import Popularity
+from predictors.previous_token import PreviousToken
+from prefetch.accounting import violations
+from prefetch.cache.lfu import Lfu
+from prefetch.cache.lru import Lru
+from prefetch.cache.none import NoCache
+from prefetch.cache.replay import replay_hits
+from prefetch.cache.resident import Resident
+from prefetch.cache.slru import Slru
+from prefetch.errors import CapacityError, RoutingError, TransferError
+from prefetch.planner.cpu_fallback import CpuFallback
+from prefetch.planner.top_m import TopM
+from prefetch.transfers.sources import DiskSource, HostSource
+from tests.prefetch.offloaded import PROMPTS, Setting, decode, offloaded, plain
+
+SETTINGS: dict[str, Callable[[], Setting]] = {
+    "resident": lambda: Setting(Resident(24), n_slots=24, staging=0, transient=0),
+    "slru": lambda: Setting(),
+    "lru": lambda: Setting(Lru(6)),
+    "lfu": lambda: Setting(Lfu(6)),
+    "no cache": lambda: Setting(NoCache(0), staging=0, transient=10),
+    "two transients": lambda: Setting(NoCache(0), n_slots=2, staging=0, transient=2),
+    "host tier": lambda: Setting(source=HostSource, predictor=GateReuse()),
+    "gate reuse": lambda: Setting(predictor=GateReuse()),
+    "gate reuse, two ahead": lambda: Setting(predictor=GateReuse(lookahead=2)),
+    "popularity": lambda: Setting(predictor=Popularity()),
+    "previous token": lambda: Setting(predictor=PreviousToken(lookahead=2)),
+    "many guesses": lambda: Setting(predictor=GateReuse(), planner=TopM(extra=4), staging=6, n_slots=14),
+    "cpu": lambda: Setting(planner=CpuFallback(TopM(), link_experts=0)),
+    "cpu when busy": lambda: Setting(predictor=GateReuse(), planner=CpuFallback(TopM(), link_experts=1)),
+    "policy admits": lambda: Setting(Slru(8), predictor=GateReuse(), policy_admits=True),
+    "promote": lambda: Setting(Slru(8, variant="promote_on_prefetch"), predictor=GateReuse(), policy_admits=True),
+    "reserved": lambda: Setting(Slru(8, variant="reserved"), predictor=GateReuse(), policy_admits=True),
+}
+
+
+@pytest.fixture(scope="module")
+def pack_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("packs")
+
+
+@pytest.fixture(scope="module")
+def resident_logits(tiny_qwen3: Path, pack_dir: Path) -> torch.Tensor:
+    with offloaded(tiny_qwen3, pack_dir, SETTINGS["resident"]()) as (model, _):
+        return decode(model)[1]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_logits_have_the_same_bits_whatever_the_parts(
+    name: str, tiny_qwen3: Path, pack_dir: Path, resident_logits: torch.Tensor
+) -> None:
+    with offloaded(tiny_qwen3, pack_dir, SETTINGS[name]()) as (model, runtime):
+        _, logits = decode(model)
+        runtime.finish()
+        record = runtime.recorder.record(runtime.tier.records)
+    assert torch.equal(logits, resident_logits)
+    assert violations(record) == []
+    assert runtime.tier.pool.n_free + len(runtime.tier.slots) == runtime.tier.pool.n_slots
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny_qwen3", "tiny_mixtral"])
+def test_tokens_equal_unmodified_transformers(checkpoint: str, pack_dir: Path, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(checkpoint)
+    expected_tokens, expected_logits = decode(plain(folder))
+    with offloaded(folder, pack_dir, Setting(n_slots=6, predictor=GateReuse())) as (model, _):
+        tokens, logits = decode(model)
+    assert torch.equal(tokens, expected_tokens)
+    torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=1e-4)
+
+
+def test_batches_decode_like_transformers(tiny_qwen3: Path, pack_dir: Path) -> None:
+    batch = [torch.cat(PROMPTS)]
+    expected_tokens, _ = decode(plain(tiny_qwen3), batch)
+    with offloaded(tiny_qwen3, pack_dir, Setting(predictor=GateReuse())) as (model, runtime):
+        tokens, _ = decode(model, batch)
+        runtime.finish()
+        record = runtime.recorder.record(runtime.tier.records)
+    assert torch.equal(tokens, expected_tokens)
+    assert violations(record) == []
+    assert set(record.forwards["n_tokens"]) == {3 * 12, 3}
+
+
+def test_works_with_transformers_generate(tiny_qwen3: Path, pack_dir: Path) -> None:
+    options = dict(max_new_tokens=10, do_sample=False)
+    expected = plain(tiny_qwen3).generate(PROMPTS[0], **options)
+    with offloaded(tiny_qwen3, pack_dir, Setting()) as (model, runtime):
+        assert torch.equal(model.generate(PROMPTS[0], **options), expected)
+        assert runtime.sequence == 0 and runtime.step == 9
+
+
+def test_no_expert_becomes_a_parameter(tiny_qwen3: Path, pack_dir: Path) -> None:
+    with offloaded(tiny_qwen3, pack_dir, Setting()) as (model, _):
+        assert not [name for name, _ in model.named_parameters() if ".experts." in name]
+
+
+@pytest.mark.parametrize("name", ["slru", "lru", "lfu", "gate reuse", "previous token"])
+def test_cache_history_depends_on_the_routing_alone(name: str, tiny_qwen3: Path, pack_dir: Path) -> None:
+    """Replaying the recorded routing through a fresh policy gives the live run's members: no prefetch, no timing leaks in."""
+    setting = SETTINGS[name]()
+    with offloaded(tiny_qwen3, pack_dir, setting) as (model, runtime):
+        decode(model)
+        runtime.finish()
+        live = list(runtime.tier.policy)
+        record = runtime.recorder.record(runtime.tier.records)
+        events = runtime.recorder.trace({}).routing_events()
+    fresh = type(runtime.tier.policy)(runtime.tier.policy.capacity)
+    counts = replay_hits(fresh, events)
+    assert list(fresh) == live
+    if setting.predictor is None:
+        assert counts.hits == record.calls["hits"].sum()
+    else:
+        assert counts.hits <= record.calls["hits"].sum()
+
+
+def test_oracle_finds_every_expert_it_was_told_of(tiny_qwen3: Path, pack_dir: Path) -> None:
+    with offloaded(tiny_qwen3, pack_dir, Setting()) as (model, runtime):
+        decode(model)
+        trace = runtime.recorder.trace({})
+    oracle = Oracle(lookahead=1)
+    oracle.use_trace(trace)
+    with offloaded(tiny_qwen3, pack_dir, Setting(n_slots=14, staging=6, predictor=oracle)) as (model, runtime):
+        decode(model)
+        runtime.finish()
+        record = runtime.recorder.record(runtime.tier.records)
+        replayed = runtime.recorder.trace({})
+    assert np.array_equal(replayed.topk_ids, trace.topk_ids)
+    assert "wasted" not in set(record.transfers["outcome"])
+    decode_rows = replayed.phase == 1
+    guessed = np.sort(replayed.guesses[1][decode_rows][:, :, :2], axis=-1)
+    assert np.array_equal(guessed, np.sort(trace.topk_ids[decode_rows].astype(np.int16), axis=-1))
+
+
+class _Broken(Predictor):
+    """Fails in the way it is told, at its fifth call."""
+
+    def __init__(self, how: str):
+        self.how, self.n_calls = how, 0
+
+    def predict(self, seen: LayerView) -> list[Prediction]:
+        self.n_calls += 1
+        if self.n_calls < 5:
+            return []
+        if self.how == "raises":
+            raise RuntimeError("no idea")
+        scores = {"NaN": torch.full((1, 8), torch.nan), "shape": torch.zeros(1, 7), "layer": torch.zeros(1, 8)}[self.how]
+        return [Prediction(99 if self.how == "layer" else 1, scores)]
+
+
+@pytest.mark.parametrize("how", ["raises", "NaN", "shape", "layer"])
+def test_a_failing_predictor_is_reported_once_and_switched_off(
+    how: str, tiny_qwen3: Path, pack_dir: Path, resident_logits: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = _Broken(how)
+    with offloaded(tiny_qwen3, pack_dir, Setting(predictor=broken)) as (model, _):
+        assert torch.equal(decode(model)[1], resident_logits)
+    assert broken.n_calls == 5
+    warnings = [r.getMessage() for r in caplog.records if "going on without prefetch" in r.getMessage()]
+    assert len(warnings) == 1 and "_Broken" in warnings[0]
+
+
+def test_nan_hidden_states_are_named(tiny_qwen3: Path, pack_dir: Path) -> None:
+    with offloaded(tiny_qwen3, pack_dir, Setting()) as (model, _):
+        with torch.no_grad():
+            model.model.layers[1].post_attention_layernorm.weight[3] = torch.nan
+        with pytest.raises(RoutingError, match="MoE layer 1 .* not finite"):
+            decode(model)
+
+
+def test_an_unreadable_expert_surfaces_at_its_layer_and_leaves_clean_books(tiny_qwen3: Path, tmp_path: Path) -> None:
+    class _Unreadable(DiskSource):
+        broken = True
+
+        def read_into(self, key, start, buffer):  # type: ignore[no-untyped-def]
+            if self.broken and key.layer == 1:
+                raise OSError(5, "Input/output error")
+            super().read_into(key, start, buffer)
+
+    n_threads = threading.active_count()
+    with offloaded(tiny_qwen3, tmp_path, Setting(source=_Unreadable, predictor=GateReuse())) as (model, runtime):
+        with pytest.raises(TransferError, match="of MoE layer 1 could not be loaded.*Input/output error"):
+            decode(model)
+        runtime.recorder.drop_unfinished()
+        _Unreadable.broken = False  # the disk is well again: the same runtime goes on
+        tokens, _ = decode(model)
+        runtime.finish()
+        assert runtime.tier.pool.n_free + len(runtime.tier.slots) == runtime.tier.pool.n_slots
+    assert torch.equal(tokens, decode(plain(tiny_qwen3))[0])
+    assert threading.active_count() == n_threads
+
+
+def test_too_few_slots_are_refused(tiny_qwen3: Path, tmp_path: Path) -> None:
+    setting = Setting(Slru(6), n_slots=8, staging=2, transient=2)
+    with pytest.raises(CapacityError, match="cache.slots must be at least 10"):
+        with offloaded(tiny_qwen3, tmp_path, setting):
+            pass
