@@ -71,6 +71,12 @@ class BackendConfig:
 
 
 @dataclass
+class TrackingConfig:
+    mode: str = MISSING
+    project: str = MISSING
+
+
+@dataclass
 class DecodeConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: Any = MISSING
@@ -79,8 +85,8 @@ class DecodeConfig:
     tier: TierConfig = field(default_factory=TierConfig)
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
-    tracking: Any = MISSING
-    arms: dict[str, list[str]] = field(default_factory=dict)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    arms: dict[str, Any] = field(default_factory=dict)  # name -> list of overrides; null leaves an arm out
     repeats: int = 3
     seed: int = 0
     check_tokens: bool = True
@@ -127,7 +133,6 @@ def validate(cfg: DictConfig) -> None:
     _check_knobs("cache", cfg.cache, given=("capacity",), common=CACHE_COMMON)
     _check_knobs("predictor", cfg.predictor)
     _check_knobs("planner", cfg.planner)
-    _check_knobs("tracking", cfg.tracking)
     if cfg.cache.prefetch_admission == "policy" and not get_class(cfg.cache._target_).admits_prefetch:
         raise ConfigError(
             f"cache.prefetch_admission=policy, but {cfg.cache._target_} does not admit prefetches: use an slru cache, or staging"

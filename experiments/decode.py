@@ -11,7 +11,6 @@ agree to the last bit, and with the unmodified model in every token, before any 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ import pandas as pd
 import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -107,11 +105,12 @@ def compose_arms(cfg: DictConfig) -> dict[str, Measured]:
     that all caches share.
     """
     hydra_cfg = HydraConfig.get()
-    given = [override for override in hydra_cfg.overrides.task if not override.startswith(("arms", "+arms", "~arms"))]
-    if not cfg.arms:
-        raise ConfigError("arms is empty: name at least one arm, e.g. arms='{slru: [predictor=none, planner=none]}'")
-    arms = {}
-    for name, overrides in cfg.arms.items():
+    given = [override for override in hydra_cfg.overrides.task if not override.lstrip("+~").startswith("arms.")]
+    named = {name: overrides for name, overrides in cfg.arms.items() if overrides is not None}
+    if not named:
+        raise ConfigError("no arm is left: name at least one, e.g. \"+arms.mine=['predictor=gate_reuse']\"")
+    arms: dict[str, Measured] = {}
+    for name, overrides in named.items():
         chosen = {override.split("=")[0] for override in overrides}
         kept = [override for override in given if _applies(override, chosen)]
         arm_cfg = compose(hydra_cfg.job.config_name, overrides=[*kept, *overrides])
@@ -194,7 +193,9 @@ def _check(name: str, run: ArmRun, reference: list[Generation] | None, arms: dic
         raise GatecastError(f"arm {name}: the run's books do not balance: {'; '.join(broken)}")
     for other_name, other in arms.items():
         if other.last is not None and not same_bits(run.generations, other.last.generations):
-            raise TokenMismatchError(f"arm {name} computed other logits than arm {other_name}: a lossless arm must not; please report it")
+            raise TokenMismatchError(
+                f"arm {name} computed other logits than arm {other_name}: a lossless arm must not; please report it"
+            )
     if reference is None:
         return
     wrong = [d for d in divergences(reference, run.generations, epsilon) if d.margin > d.rounding]
@@ -210,11 +211,15 @@ def after_warmup(record: RunRecord, n_batches: int) -> RunRecord:
     return RunRecord(*(table[table["sequence"] >= n_batches] for table in (record.calls, record.forwards, record.transfers)))
 
 
-def _results(cfg: DictConfig, arms: dict[str, Measured], store: ExpertStore, link_bytes_per_s: float, compared: bool) -> Results:
+def _results(
+    cfg: DictConfig, arms: dict[str, Measured], store: ExpertStore, link_bytes_per_s: float, compared: bool
+) -> Results:
     any_run = next(arm.last for arm in arms.values() if arm.last is not None)
     budget = slot_budget(next((a.cfg for a in arms.values() if a.role == BASELINE), cfg), store.geometry)
     trace = any_run.trace
-    counted = [f.step > 0 and f.sequence >= cfg.workload.warmup_batches for f in trace.forwards() for _ in range(trace.n_layers)]
+    counted = [
+        f.step > 0 and f.sequence >= cfg.workload.warmup_batches for f in trace.forwards() for _ in range(trace.n_layers)
+    ]
     belady = belady_hits(trace.routing_events(), budget.capacity, counted)
     found = provenance(cfg.seed, store.path) | {"link_bytes_per_s": link_bytes_per_s}
     return Results(
@@ -252,7 +257,7 @@ _ROW_ARRAYS = {"sequence", "step", "phase", "token_ids", "topk_ids", "topk_weigh
 
 def _write(cfg: DictConfig, results: Results, arms: dict[str, Measured], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    tracker: Tracker = instantiate(cfg.tracking)
+    tracker = Tracker(cfg.tracking.mode, cfg.tracking.project)
     tracker.start(results.config, folder)
     for name, arm in arms.items():
         if arm.last is None:
@@ -273,7 +278,9 @@ def _write(cfg: DictConfig, results: Results, arms: dict[str, Measured], folder:
     Console().print(tables.rich_comparison(results))
     for name, arm in arms.items():
         if arm.last is not None and arm.last.predictor_failed:
-            console.print(f"warning: the predictor of arm {name} failed and was switched off; its figures are those without prefetch")
+            console.print(
+                f"warning: the predictor of arm {name} failed and was switched off; its figures are those without prefetch"
+            )
     console.print(f"results: {folder}")
 
 
@@ -302,4 +309,4 @@ def _progress(what: str, total: int) -> Iterator:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -35,7 +35,7 @@ PART_LABELS = {
     "overhead": "runtime overhead",
     "stall": "stall",
 }
-STYLE = {
+STYLE: Any = {
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.spines.top": False,
@@ -105,7 +105,7 @@ def recall_per_layer(results: Results, path: Path) -> None:
             layers = predicted[name].decode_per_layer()
             for axes, metric in ((recall, "recall"), (cold, "cold_recall")):
                 if len(layers):
-                    style = {"color": look.colour, "marker": look.marker, "ls": look.line}
+                    style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "ls": look.line}
                     axes.plot(layers["layer"], 100 * layers[metric], lw=1.8, ms=5, **style)
         recall.set_ylabel("true experts among the k best guesses (%)")
         recall.set_title("Recall@k, decode", loc="left")
@@ -184,8 +184,8 @@ def _draw_speed(axes: Axes, places: list[tuple[float, Results]], name: str, look
     x, speeds = np.array([x for x, _ in found]), [speed for _, speed in found]
     median, low, high = (np.array([getattr(speed, part) for speed in speeds]) for part in ("median", "low", "high"))
     if look.marker:
-        bars, style = [median - low, high - median], {"marker": look.marker, "ls": look.line, "capsize": 3}
-        axes.errorbar(x, median, yerr=bars, color=look.colour, lw=1.8, **style)
+        style: dict[str, Any] = {"color": look.colour, "marker": look.marker, "ls": look.line}
+        axes.errorbar(x, median, yerr=[median - low, high - median], lw=1.8, capsize=3, **style)
     elif len(set(x.tolist())) == 1:
         for middle, bottom, top in zip(median, low, high, strict=True):
             axes.axhline(middle, color=look.colour, ls=look.line, lw=1.6)
@@ -197,7 +197,7 @@ def _draw_speed(axes: Axes, places: list[tuple[float, Results]], name: str, look
 
 def _legend(figure: Figure, look_of: dict[str, Look]) -> None:
     handles = [
-        Line2D([], [], color=look.colour, marker=look.marker, ls=look.line, lw=1.8, label=name if look.marker else f"{name} (bound)")
+        Line2D([], [], lw=1.8, color=look.colour, marker=look.marker, ls=look.line, label=name + " (bound)" * (not look.marker))
         for name, look in look_of.items()
     ]
     if handles:

@@ -133,4 +133,4 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,6 +1,7 @@
 """The result folder's format: what `results.json` holds, typed. Experiments write it; tables, plots and reports read it.
 
-    {"schema": 1, "config": {...}, "provenance": {...}, "slots": 64, "slots_fraction": 0.25, "peak_rss_bytes": 1e9,
+The file:
+    {"schema": 1, "config": {...}, "provenance": {...}, "slots": 64, "slots_fraction": 0.25, "peak_rss_bytes": 1000000000,
      "bounds": {"belady_hit_rate_simulated": 0.71},
      "arms": {"slru": {"role": "baseline", "repeats": [{"tokens_per_s": 41.2, ...}, ...], "lossless": true,
                        "emulated": false, "quality": null | {"overall": [{...}], "per_layer": [{...}]}}, ...}}
@@ -44,7 +45,7 @@ class Quality:
         if not trace.guesses:
             return None
         counts = count_guesses(trace)
-        return cls(quality(counts, OVERALL).to_dict("records"), quality(counts, PER_LAYER).to_dict("records"))
+        return cls(_records(quality(counts, OVERALL)), _records(quality(counts, PER_LAYER)))
 
     def decode(self) -> dict[str, Any]:
         """The overall row of the decode phase at the nearest lookahead; empty where nothing was decoded."""
@@ -140,6 +141,10 @@ def legend_order(runs: Iterable[Results]) -> list[str]:
     return sorted(first_role, key=lambda name: ROLES.index(first_role[name]))
 
 
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(column): value for column, value in row.items()} for row in table.to_dict("records")]
+
+
 def _from_json(content: dict[str, Any], name: str) -> Results:
     arms = {arm: _arm_from_json(fields) for arm, fields in content["arms"].items()}
     if sum(arm.role == BASELINE for arm in arms.values()) > 1:
@@ -160,11 +165,10 @@ def _arm_from_json(fields: dict[str, Any]) -> ArmResult:
     if fields["role"] not in ROLES:
         raise ValueError(f"role {fields['role']!r} is none of {', '.join(ROLES)}")
     found = fields["quality"]
-    rows = found and {part: [{k: _nan(v) for k, v in row.items()} for row in found[part]] for part in ("overall", "per_layer")}
     return ArmResult(
         role=fields["role"],
         repeats=[{metric: _number(value) for metric, value in repeat.items()} for repeat in fields["repeats"]],
-        quality=Quality(**rows) if rows else None,
+        quality=None if found is None else Quality(_filled(found["overall"]), _filled(found["per_layer"])),
         lossless=bool(fields["lossless"]),
         emulated=bool(fields["emulated"]),
     )
@@ -174,5 +178,6 @@ def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
-def _nan(value: Any) -> Any:
-    return math.nan if value is None else value
+def _filled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with NaN where JSON had to say null."""
+    return [{column: math.nan if value is None else value for column, value in row.items()} for row in rows]

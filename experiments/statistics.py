@@ -23,7 +23,7 @@ class Spread:
     n: int
 
 
-def spread(values: Sequence[float]) -> Spread:
+def spread(values: Sequence[float] | np.ndarray) -> Spread:
     """Median, minimum and maximum of the repeats that were measured (not NaN)."""
     measured = np.asarray(values, dtype=float)
     measured = measured[~np.isnan(measured)]

@@ -31,7 +31,8 @@ METRICS = (
     "tokens_per_s", "tpot_mean_s", "tpot_median_s", "tpot_p95_s", "ttft_s",
     "stall_share", "expert_share", "predictor_share", "overhead_share", "dense_share",
     "hit_rate", "prefetch_hit_rate", "late_rate", "miss_rate", "cpu_rate",
-    "demand_bytes_per_token", "useful_bytes_per_token", "wasted_bytes_per_token", "cancelled_bytes_per_token", "link_utilisation",
+    "demand_bytes_per_token", "useful_bytes_per_token", "wasted_bytes_per_token", "cancelled_bytes_per_token",
+    "link_utilisation",
 )  # fmt: skip
 QUALITIES = ("coverage", "recall", "recall_all", "weight_mass", "exact_set", "cold_recall", "cold_precision")
 
@@ -230,5 +231,3 @@ def _markdown(rows: list[Cells]) -> str:
     lines = [[column.replace("\n", " ") for column in columns], ["---" if column == "arm" else "---:" for column in columns]]
     lines += [[row.get(column, NOT_MEASURED) for column in columns] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-

@@ -22,7 +22,12 @@ from prefetch.recorder import RunRecord
 DEFAULT_FORWARDS = 64  # a few MB of JSON for 48 layers
 COMPUTE, TRANSFERS = 1, 2  # process ids
 FORWARD_TRACK, LAYER_TRACK, PHASE_TRACK = 0, 1, 2  # thread ids of the compute process
-CALL_PHASES = {"overhead_s": "overhead", "predictor_s": "predictor", "stall_s": "stall", "expert_s": "expert compute"}  # as drawn
+CALL_PHASES = {
+    "overhead_s": "overhead",
+    "predictor_s": "predictor",
+    "stall_s": "stall",
+    "expert_s": "expert compute",
+}  # as drawn
 COLOURS = {  # names that Chrome's viewer knows; Perfetto colours slices by name
     "dense": "grey",
     "expert compute": "thread_state_running",
@@ -39,7 +44,7 @@ Event = dict[str, Any]
 
 
 def timeline(record: RunRecord, first_forward: int = 0, n_forwards: int = DEFAULT_FORWARDS) -> dict[str, Any]:
-    """The trace of `n_forwards` forward passes from the `first_forward`-th of the run on, and of all transfers that ran meanwhile.
+    """The trace of `n_forwards` forward passes, from the run's `first_forward`-th on, and of the transfers that ran meanwhile.
 
     Time 0 is the start of the first forward pass drawn. `otherData` says which part of the run is drawn.
     """
@@ -84,12 +89,17 @@ def _slice(process: int, track: int, name: str, start_ns: int, end_ns: int, args
     return event | {"args": args} | ({"cname": COLOURS[name]} if name in COLOURS else {})
 
 
+def _rows(table: pd.DataFrame) -> Iterator[Any]:
+    """Rows whose columns are attributes."""
+    return iter(table.itertuples())
+
+
 def _ns(seconds: float, origin_s: float) -> int:
     return round((seconds - origin_s) * 1e9)
 
 
 def _forward_events(forwards: pd.DataFrame, origin_s: float) -> Iterator[Event]:
-    for row in forwards.itertuples():
+    for row in _rows(forwards):
         name = f"{row.phase} {row.sequence}.{row.step}"
         start, end = _ns(row.start_s, origin_s), _ns(row.start_s + row.wall_s, origin_s)
         args = {"sequence": row.sequence, "step": row.step, "tokens": row.n_tokens}
@@ -98,7 +108,7 @@ def _forward_events(forwards: pd.DataFrame, origin_s: float) -> Iterator[Event]:
 
 def _call_events(calls: pd.DataFrame, origin_s: float) -> Iterator[Event]:
     counts = ("needed", "hits", "late", "misses", "cpu_computed")
-    for row in calls.itertuples():
+    for row in _rows(calls):
         start, end = _ns(row.start_s, origin_s), _ns(row.start_s + row.total_s, origin_s)
         args = {count: int(getattr(row, count)) for count in counts}
         yield _slice(COMPUTE, LAYER_TRACK, f"layer {row.layer}", start, end, args)
@@ -114,7 +124,7 @@ def _call_events(calls: pd.DataFrame, origin_s: float) -> Iterator[Event]:
 def _dense_events(forwards: pd.DataFrame, calls: pd.DataFrame, origin_s: float) -> Iterator[Event]:
     """What a forward pass does between its MoE layer calls."""
     calls_of = dict(iter(calls.groupby(["sequence", "step"])))
-    for forward in forwards.itertuples():
+    for forward in _rows(forwards):
         now = _ns(forward.start_s, origin_s)
         inside = calls_of.get((forward.sequence, forward.step), calls.iloc[:0])
         starts_s, ends_s = inside["start_s"].tolist(), (inside["start_s"] + inside["total_s"]).tolist()
@@ -128,7 +138,7 @@ def _dense_events(forwards: pd.DataFrame, calls: pd.DataFrame, origin_s: float) 
 def _transfer_events(transfers: pd.DataFrame, origin_s: float) -> Iterator[Event]:
     """Each transfer in the first lane that is free when it starts."""
     free_at: list[int] = []
-    for row in transfers.sort_values("started_s", kind="stable").itertuples():
+    for row in _rows(transfers.sort_values("started_s", kind="stable")):
         start, end = _ns(row.started_s, origin_s), _ns(row.finished_s, origin_s)
         lane = next((i for i, free in enumerate(free_at) if free <= start), len(free_at))
         if lane == len(free_at):

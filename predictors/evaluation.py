@@ -45,7 +45,7 @@ def count_guesses(trace: RoutingTrace) -> pd.DataFrame:
 
 
 def quality(counts: pd.DataFrame, by: Sequence[str] = OVERALL) -> pd.DataFrame:
-    """Rates from `count_guesses`, one row per group of `by` (`PER_LAYER` or `OVERALL`). All are in [0, 1]; NaN = nothing to count.
+    """Rates from `count_guesses`, one row per group of `by` (`PER_LAYER` or `OVERALL`); NaN = nothing to count.
 
     Columns, besides those of `by`:
         rows, coverage: (token, layer) pairs, and the share of them for which anything was guessed.
@@ -56,9 +56,7 @@ def quality(counts: pd.DataFrame, by: Sequence[str] = OVERALL) -> pd.DataFrame:
     """
     if counts.empty:
         return pd.DataFrame(columns=[*by, "rows", "coverage", "recall", "recall_all"])
-    sums = (
-        counts.assign(wanted=counts["covered"] * counts["top_k"]).groupby(list(by), sort=False).sum(numeric_only=True)
-    )
+    sums = counts.assign(wanted=counts["covered"] * counts["top_k"]).groupby(list(by), sort=False).sum(numeric_only=True)
     top_k = int(counts["top_k"].iloc[0])
     width = sum(column.startswith("hits_") for column in counts.columns)
     hits = sums[[f"hits_{r}" for r in range(width)]].cumsum(axis=1)

@@ -93,7 +93,9 @@ def time_violations(record: RunRecord, wall_s: float | None = None) -> list[str]
     found += _report(joined, ~inside, "a layer call outside its forward pass")
     total_s = sum(_wall_s(forwards, phase) for phase in ("prefill", "decode"))
     if wall_s is not None and abs(total_s - wall_s) > WALL_TOLERANCE * wall_s:
-        found.append(f"prefill and decode took {total_s:.6f} s, but the run {wall_s:.6f} s: more than {WALL_TOLERANCE:.0%} apart")
+        found.append(
+            f"prefill and decode took {total_s:.6f} s, but the run {wall_s:.6f} s: more than {WALL_TOLERANCE:.0%} apart"
+        )
     return found
 
 

@@ -94,7 +94,7 @@ def _moe_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [layers[i] for i in moe_layer_indices(model.config)]
 
 
-def _logits_of(router: nn.Module) -> Callable[[Tensor], Tensor]:
+def _logits_of(router: Any) -> Callable[[Tensor], Tensor]:
     weight, bias = router.weight, getattr(router, "bias", None)
     return lambda hidden: nn.functional.linear(hidden, weight, bias)
 

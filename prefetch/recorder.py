@@ -128,7 +128,18 @@ class Recorder:
         total = end_s - timer.start_s
         parts = timer.stall_s, timer.expert_s, timer.predictor_s
         self.calls.append(
-            (now.sequence, now.step, phase_of(now.step), layer, n_tokens, *counts, timer.start_s, total, *parts, total - sum(parts))
+            (
+                now.sequence,
+                now.step,
+                phase_of(now.step),
+                layer,
+                n_tokens,
+                *counts,
+                timer.start_s,
+                total,
+                *parts,
+                total - sum(parts),
+            )
         )
 
     def record(self, transfers: Sequence[TransferRecord]) -> RunRecord:

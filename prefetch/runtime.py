@@ -197,7 +197,9 @@ class OffloadRuntime:
                     self.tier.transfers.wait_any([demand.record.transfer])
             self.tier.fail(demand)
         error = failed.record.transfer.error if failed.record else None
-        raise TransferError(f"expert {failed.key.expert} of MoE layer {failed.key.layer} could not be loaded: {error}") from error
+        raise TransferError(
+            f"expert {failed.key.expert} of MoE layer {failed.key.layer} could not be loaded: {error}"
+        ) from error
 
     def finish(self) -> None:
         """End of the run: settle all prefetches, so that every byte has an outcome."""

@@ -115,8 +115,7 @@ class RoutingTrace:
         changes = (np.diff(self.sequence) != 0) | (np.diff(self.step) != 0)
         bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), self.n_tokens]
         return [
-            ForwardRows(int(self.sequence[first]), int(self.step[first]), slice(first, end))
-            for first, end in pairwise(bounds)
+            ForwardRows(int(self.sequence[first]), int(self.step[first]), slice(first, end)) for first, end in pairwise(bounds)
         ]
 
     def routing_events(self) -> list[list[ExpertKey]]:

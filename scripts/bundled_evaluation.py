@@ -28,7 +28,9 @@ class RouterStatistics:
     load_entropy: float  # of the experts' shares, over log E: 1 is even
     entropy_bits: float  # mean over tokens of the router's own distribution
     token_reuse: float  # share of a token's experts that the token before it used too
-    gate_reuse_recall: float  # share of its experts that its router, applied one layer early, ranks in its top-k; NaN at layer 0
+    gate_reuse_recall: (
+        float  # share of its experts that its router, applied one layer early, ranks in its top-k; NaN at layer 0
+    )
 
 
 def windows_of(data: bytes) -> list[tuple[Tensor, int]]:

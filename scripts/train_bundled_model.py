@@ -14,7 +14,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -247,14 +247,16 @@ class Trainer:
             raise SystemExit(f"{path} does not exist: nothing to resume; start without --resume")
         state = torch.load(path, weights_only=True)
         if state["n_steps"] != self.n_steps:
-            raise SystemExit(f"{path} belongs to a run of {state['n_steps']} steps, not {self.n_steps}: give the same --tokens and --batch")
+            raise SystemExit(
+                f"{path} belongs to a run of {state['n_steps']} steps, not {self.n_steps}: give the same --tokens and --batch"
+            )
         self.model.load_state_dict(state["model"])
         self.muon.buffers = state["muon"]
         self.adamw.load_state_dict(state["adamw"])
         self.step, self.seconds = state["step"], state["seconds"]
 
 
-def train(trainer: Trainer, checkpoint: Path, wandb_mode: str) -> None:
+def train(trainer: Trainer, checkpoint: Path, wandb_mode: Literal["offline", "online", "disabled"]) -> None:
     """Run to the last step, with a progress bar, a checkpoint every minute and a curve in wandb."""
     import wandb
 
@@ -278,7 +280,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=10_649_600, help="training tokens (bytes) in all (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="windows of 512 tokens per step (default: %(default)s)")
-    parser.add_argument("--muon-lr", type=float, default=0.02, help="peak learning rate of hidden matrices (default: %(default)s)")
+    parser.add_argument(
+        "--muon-lr", type=float, default=0.02, help="peak learning rate of hidden matrices (default: %(default)s)"
+    )
     parser.add_argument("--adam-lr", type=float, default=4e-3, help="peak learning rate of embeddings, norms, routers")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--export-only", action="store_true", help="evaluate and export the last checkpoint, train nothing")
@@ -298,7 +302,15 @@ def main() -> None:
         train(trainer, args.checkpoint, args.wandb)
     from scripts.bundled_model_card import export
 
-    export(trainer.model, args.output, training, held_out, shifted, n_tokens=trainer.step * args.batch * SEQUENCE, seconds=trainer.seconds)
+    export(
+        trainer.model,
+        args.output,
+        training,
+        held_out,
+        shifted,
+        n_tokens=trainer.step * args.batch * SEQUENCE,
+        seconds=trainer.seconds,
+    )
 
 
 if __name__ == "__main__":

@@ -18,41 +18,46 @@ from transformers import (
 
 torch.set_num_threads(1)  # tiny tensors: more threads only add hand-overs and noise
 
-ATTENTION_SIZES: dict[str, Any] = dict(
-    num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=512
-)
-SPECIAL_TOKENS: dict[str, Any] = dict(
-    bos_token_id=None, eos_token_id=None, pad_token_id=None
-)  # random models: no token ends a text
+ATTENTION_SIZES: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+SPECIAL_TOKENS: dict[str, Any] = {
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}  # random models: no token ends a text
 
 
 def qwen3_config(**changes: Any) -> Qwen3MoeConfig:
     """3 MoE layers of 8 experts, top-2, H = 32, I = 16, 64 tokens."""
-    sizes: dict[str, Any] = dict(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        num_hidden_layers=3,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        initializer_range=0.2,  # wide enough that routers prefer some experts and greedy tokens vary
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "initializer_range": 0.2,  # wide enough that routers prefer some experts and greedy tokens vary
+    }
     return Qwen3MoeConfig(**{**sizes, **ATTENTION_SIZES, **SPECIAL_TOKENS, **changes})
 
 
 def mixtral_config(**changes: Any) -> MixtralConfig:
     """2 MoE layers of 4 experts, top-2, H = 32, I = 48, 64 tokens."""
-    sizes: dict[str, Any] = dict(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        initializer_range=0.2,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "initializer_range": 0.2,
+    }
     return MixtralConfig(**{**sizes, **ATTENTION_SIZES, **SPECIAL_TOKENS, **changes})
 
 

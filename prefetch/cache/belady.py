@@ -18,9 +18,7 @@ from prefetch.geometry import ExpertKey
 NEVER = -1  # no later event needs the expert
 
 
-def belady_hits(
-    events: Sequence[Sequence[ExpertKey]], capacity: int, counted: Sequence[bool] | None = None
-) -> ReplayCounts:
+def belady_hits(events: Sequence[Sequence[ExpertKey]], capacity: int, counted: Sequence[bool] | None = None) -> ReplayCounts:
     """Bound on the hits over `events` with `capacity` slots, starting empty. O(n log n) in the number n of activations.
 
     Args:

@@ -35,9 +35,7 @@ class PerLayer(CachePolicy):
         try:
             self.layers = [factory(share + (layer < n_larger)) for layer in range(n_layers)]
         except CapacityError as error:
-            raise CapacityError(
-                f"{capacity} slots over {n_layers} MoE layers leave {share} for one: {error}"
-            ) from error
+            raise CapacityError(f"{capacity} slots over {n_layers} MoE layers leave {share} for one: {error}") from error
         super().__init__(sum(policy.capacity for policy in self.layers))
         self.admits_prefetch = self.layers[0].admits_prefetch
 

@@ -232,9 +232,7 @@ def _reserved_slots(capacity: int, reserved: float) -> int:
     """A count as it is; a fraction of `capacity`, rounded down, at least 1."""
     if isinstance(reserved, float):
         if not 0 < reserved < 1:
-            raise ConfigError(
-                f"cache.reserved={reserved} must be a fraction between 0 and 1, or a whole number of slots"
-            )
+            raise ConfigError(f"cache.reserved={reserved} must be a fraction between 0 and 1, or a whole number of slots")
         return max(1, int(reserved * capacity))
     if reserved < 1:
         raise ConfigError(f"cache.reserved={reserved} must be at least 1 slot")

@@ -80,9 +80,7 @@ class ThreadTransfers(Transfers):
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # there may be a chunk to move
         self._news = threading.Condition(self._lock)  # a transfer settled
-        self._threads = [
-            threading.Thread(target=self._run, name=f"transfers-{i}", daemon=True) for i in range(n_threads)
-        ]
+        self._threads = [threading.Thread(target=self._run, name=f"transfers-{i}", daemon=True) for i in range(n_threads)]
         for thread in self._threads:
             thread.start()
 

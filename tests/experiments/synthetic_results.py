@@ -8,7 +8,15 @@ from experiments.results import ArmResult, Quality, Results
 from prefetch.trace import RoutingTrace
 
 N_LAYERS, N_EXPERTS, TOP_K = 8, 32, 4
-SPEEDS = {"no_cache": 9.0, "slru": 20.0, "popularity": 20.6, "previous_token": 22.0, "gate_reuse": 27.0, "oracle": 31.0, "all_resident": 44.0}
+SPEEDS = {
+    "no_cache": 9.0,
+    "slru": 20.0,
+    "popularity": 20.6,
+    "previous_token": 22.0,
+    "gate_reuse": 27.0,
+    "oracle": 31.0,
+    "all_resident": 44.0,
+}
 ACCURACIES = {"popularity": 0.3, "previous_token": 0.45, "gate_reuse": 0.8, "oracle": 1.0}
 ROLES = {"slru": "baseline", "no_cache": "bound", "oracle": "bound", "all_resident": "bound"}
 
@@ -45,7 +53,13 @@ def summary(tokens_per_s: float, stall_s: float) -> dict[str, float]:
     """A repeat as `prefetch.accounting.summarise` would report it."""
     token_s = 1 / tokens_per_s
     rest_s = token_s - stall_s
-    shares = {"stall": stall_s, "expert": 0.4 * rest_s, "predictor": 0.02 * rest_s, "overhead": 0.08 * rest_s, "dense": 0.5 * rest_s}
+    shares = {
+        "stall": stall_s,
+        "expert": 0.4 * rest_s,
+        "predictor": 0.02 * rest_s,
+        "overhead": 0.08 * rest_s,
+        "dense": 0.5 * rest_s,
+    }
     return {
         "ttft_s": 0.8,
         "tpot_mean_s": token_s,

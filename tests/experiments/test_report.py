@@ -26,7 +26,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def report(*options: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the command as a user would."""
     command = [sys.executable, "-m", "experiments.report", *options]
-    return subprocess.run(command, cwd=cwd, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=False
+    )
 
 
 def test_results_survive_the_round_trip(tmp_path: Path) -> None:
@@ -80,12 +82,12 @@ def test_damaged_or_foreign_results_are_refused_by_name(tmp_path: Path, damage: 
 
 
 def test_a_truncated_file_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ResultsError, match="no results.json in it"):
+    with pytest.raises(ResultsError, match=r"no results\.json in it"):
         Results.load(tmp_path)
     make_results().save(tmp_path)
     path = tmp_path / "results.json"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ResultsError, match="results.json: damaged"):
+    with pytest.raises(ResultsError, match=r"results\.json: damaged"):
         Results.load(tmp_path)
 
 
@@ -112,6 +114,7 @@ def test_the_command_compares_two_folders(tmp_path: Path) -> None:
     assert set(table["conditions"]) == {"measured", "emulated", "simulated"}
     text = (tmp_path / "compared" / "report.md").read_text()
     assert "- `cache.slots`: 0.25 (a); 0.45 (b)" in text
+    assert "different machines" not in text
     assert all(f"]({picture})" in text for picture in pictures)
 
 
@@ -154,7 +157,6 @@ def test_speeds_of_different_machines_come_with_a_warning(tmp_path: Path) -> Non
     here = make_results(name="here")
     there = dataclasses.replace(here, name="there", provenance={"hardware": {"cpu": "another"}})
     assert "different machines" in write_report([here, there], tmp_path)[0].read_text()
-    assert "different machines" not in write_report([here, dataclasses.replace(here, name="again")], tmp_path)[0].read_text()
 
 
 def test_a_run_of_one_arm_without_guesses_is_reported_too(tmp_path: Path) -> None:

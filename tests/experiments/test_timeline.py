@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def test_slices_of_a_track_do_not_overlap(trace: dict[str, Any]) -> None:
     assert len(tracks) >= 3 + 2  # three of compute, and prefetches overlap each other
     for spans in tracks.values():
         spans.sort()
-        for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+        for (_, end), (start, _) in pairwise(spans):
             assert start >= end - 1e-6  # a float's rounding of whole nanoseconds
 
 
@@ -84,7 +85,9 @@ def test_size_is_bounded_and_the_trace_says_what_it_shows() -> None:
     assert part["otherData"]["drawn"] == "forward passes 3 to 7 of 42"
     assert len(part["traceEvents"]) < len(whole["traceEvents"]) / 4
     names = track_names(part)
-    assert [e["name"] for e in slices(part) if names[e["pid"], e["tid"]] == "forward passes"] == [f"decode 0.{i}" for i in range(3, 8)]
+    assert [e["name"] for e in slices(part) if names[e["pid"], e["tid"]] == "forward passes"] == [
+        f"decode 0.{i}" for i in range(3, 8)
+    ]
     assert sum(names[e["pid"], e["tid"]] == "MoE layers" for e in slices(part)) == 5 * N_LAYERS
     assert min(e["ts"] for e in slices(part) if e["pid"] == 1) == 0.0
 

@@ -23,11 +23,10 @@ def traces(draw: st.DrawFn) -> RoutingTrace:
     top_k = draw(st.integers(1, min(3, n_experts)))
     width = min(n_experts, draw(st.sampled_from([2 * top_k, top_k, 1])))
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    permutations = (
-        lambda size: np.stack(  # noqa: E731, a local shorthand
-            [[random.permutation(n_experts)[:size] for _ in range(n_layers)] for _ in range(n)]
-        )
-    )
+
+    def permutations(size: int) -> np.ndarray:
+        return np.stack([[random.permutation(n_experts)[:size] for _ in range(n_layers)] for _ in range(n)])
+
     guesses, resident = {}, {}
     for lookahead in draw(st.sampled_from([(), (1,), (1, 3)])):
         ranked = permutations(width).astype(np.int16)
@@ -60,9 +59,7 @@ def slow_quality(trace: RoutingTrace, phase: int, lookahead: int, layers: list[i
                 continue
             pairs += 1
             true = {int(e) for e in trace.topk_ids[n, layer]}
-            weight = {
-                int(e): float(w) for e, w in zip(trace.topk_ids[n, layer], trace.topk_weights[n, layer], strict=True)
-            }
+            weight = {int(e): float(w) for e, w in zip(trace.topk_ids[n, layer], trace.topk_weights[n, layer], strict=True)}
             ranked = [int(e) for e in trace.guesses[lookahead][n, layer] if e >= 0]
             if not ranked:
                 continue

@@ -63,9 +63,7 @@ def bound(model: PreTrainedModel, lookahead: int) -> GateReuse:
     routers = [lambda hidden, weight=layer.mlp.gate.weight: nn.functional.linear(hidden, weight) for layer in layers]
     norms = [layer.post_attention_layernorm for layer in layers]
     predictor = GateReuse(lookahead)
-    predictor.bind(
-        ModelView(len(layers), config.num_experts, config.num_experts_per_tok, config.hidden_size, routers, norms)
-    )
+    predictor.bind(ModelView(len(layers), config.num_experts, config.num_experts_per_tok, config.hidden_size, routers, norms))
     return predictor
 
 

@@ -26,9 +26,9 @@ def make_record(n_sequences: int = 2, n_decoded: int = 4) -> RunRecord:
             forwards.append((sequence, step, phase, n_tokens, now_s, wall_s))
             for layer in range(N_LAYERS):
                 start_s = now_s + (layer + 0.2) * wall_s / N_LAYERS
-                counts = dict(needed=4, hits=2, late=1, misses=1, cpu_computed=0)
-                where = dict(sequence=sequence, step=step, phase=phase, layer=layer, n_tokens=n_tokens)
-                calls.append(where | counts | PARTS_S | dict(start_s=start_s, total_s=sum(PARTS_S.values())))
+                counts = {"needed": 4, "hits": 2, "late": 1, "misses": 1, "cpu_computed": 0}
+                where = {"sequence": sequence, "step": step, "phase": phase, "layer": layer, "n_tokens": n_tokens}
+                calls.append(where | counts | PARTS_S | {"start_s": start_s, "total_s": sum(PARTS_S.values())})
                 transfers += _transfers_of(sequence, step, layer, start_s)
             now_s += wall_s + GAP_S
         now_s += 1.0  # between prompts, no part of any metric
@@ -52,6 +52,6 @@ def _transfers_of(sequence: int, step: int, layer: int, start_s: float) -> list[
         (submitted_step, 5, "prefetch", "cancelled", False, ahead, 0, np.nan, 0.001),
     ]
     return [
-        (sequence, at, layer, expert, expert, kind, outcome, late, d, ROW_BYTES, moved, start_s + 0.0, start_s + begin, start_s + end)
+        (sequence, at, layer, expert, expert, kind, outcome, late, d, ROW_BYTES, moved, start_s, start_s + begin, start_s + end)
         for at, expert, kind, outcome, late, d, moved, begin, end in rows
-    ]  # fmt: skip
+    ]

@@ -19,9 +19,13 @@ from transformers import (
 from prefetch.errors import UnsupportedModelError
 from prefetch.families import FAMILIES, family_of, moe_geometry, moe_layer_indices
 
-SIZES: dict[str, Any] = dict(
-    num_hidden_layers=6, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, vocab_size=64
-)
+SIZES: dict[str, Any] = {
+    "num_hidden_layers": 6,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 64,
+}
 CONFIGS = {
     "mixtral": MixtralConfig(**SIZES, intermediate_size=48, num_local_experts=4),
     "olmoe": OlmoeConfig(**SIZES, intermediate_size=48, num_experts=4, num_experts_per_tok=2),

@@ -37,9 +37,14 @@ from prefetch.pack import pack_experts, pack_format_of
 from prefetch.store import ExpertStore
 from tests.conftest import qwen3_config, save_random
 
-SMALL: dict[str, Any] = dict(
-    vocab_size=64, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, num_experts=6, pad_token_id=None
-)
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_experts": 6,
+    "pad_token_id": None,
+}
 
 
 @pytest.fixture
@@ -97,9 +102,7 @@ def fuse_experts(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(
-    params=["qwen3", "fused qwen3", "mixtral in shards", "olmoe", "qwen2_moe", "partly dense qwen3 in shards"]
-)
+@pytest.fixture(params=["qwen3", "fused qwen3", "mixtral in shards", "olmoe", "qwen2_moe", "partly dense qwen3 in shards"])
 def checkpoint_folder(request, qwen3, tiny_mixtral, tmp_path) -> Path:
     makers = {
         "qwen3": lambda: qwen3,
@@ -168,9 +171,7 @@ def test_weights_too_large_for_float16_are_named(qwen3, pack):
     tensors = load_file(file)
     tensors[name][0, 0] = -1e5
     save_file(tensors, file)
-    with pytest.raises(
-        CheckpointError, match=rf"{name} .* holds 1e\+05, too large for torch.float16; pack as bfloat16"
-    ):
+    with pytest.raises(CheckpointError, match=rf"{name} .* holds 1e\+05, too large for torch.float16; pack as bfloat16"):
         pack_experts(Checkpoint(qwen3), pack, torch.float16)
     pack_experts(Checkpoint(qwen3), pack, torch.bfloat16)
 
@@ -181,9 +182,7 @@ def test_a_failed_packing_leaves_the_old_pack(qwen3, pack):
     tensors = load_file(file)
     del tensors["model.layers.2.mlp.experts.7.down_proj.weight"]
     save_file(tensors, file)
-    with pytest.raises(
-        CheckpointError, match="no shard holds the tensor model.layers.2.mlp.experts.7.down_proj.weight"
-    ):
+    with pytest.raises(CheckpointError, match="no shard holds the tensor model.layers.2.mlp.experts.7.down_proj.weight"):
         pack_experts(Checkpoint(qwen3), pack, torch.float32)
     assert pack.read_bytes() == before and list(pack.parent.iterdir()) == [pack]
 
@@ -197,9 +196,7 @@ def test_too_little_disk_space_is_said_before_anything_is_written(tiny_qwen3, pa
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 5000, 5000))
     needed = pack_format_of(Checkpoint(tiny_qwen3), torch.float32).file_bytes
-    with pytest.raises(
-        PackError, match=f"{pack}: not enough disk space; the pack needs {needed} bytes .* has 5000 free"
-    ):
+    with pytest.raises(PackError, match=f"{pack}: not enough disk space; the pack needs {needed} bytes .* has 5000 free"):
         pack_experts(Checkpoint(tiny_qwen3), pack, torch.float32)
     assert not list(pack.parent.iterdir())
 

@@ -96,7 +96,7 @@ def test_batches_decode_like_transformers(tiny_qwen3: Path, pack_dir: Path) -> N
 
 
 def test_works_with_transformers_generate(tiny_qwen3: Path, pack_dir: Path) -> None:
-    options = dict(max_new_tokens=10, do_sample=False)
+    options = {"max_new_tokens": 10, "do_sample": False}
     expected = plain(tiny_qwen3).generate(PROMPTS[0], **options)
     with offloaded(tiny_qwen3, pack_dir, Setting()) as (model, runtime):
         assert torch.equal(model.generate(PROMPTS[0], **options), expected)

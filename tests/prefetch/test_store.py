@@ -117,9 +117,7 @@ def test_a_pack_truncated_or_removed_while_in_use(qwen3, packs):
     store = ExpertStore.open(qwen3, torch.float32, packs)
     os.truncate(store.path, store.offset(LAST) + 10)
     store.read_row(ExpertKey(2, 6))
-    with pytest.raises(
-        PackError, match=f"layer 2 expert 7 at offset {store.offset(LAST)}: the file ends after 10 of 8192"
-    ):
+    with pytest.raises(PackError, match=f"layer 2 expert 7 at offset {store.offset(LAST)}: the file ends after 10 of 8192"):
         store.read_row(LAST)
     store.path.unlink()
     with pytest.raises(PackError, match="layer 2 expert 7 .* cannot be read: No such file"):

@@ -56,9 +56,7 @@ def test_prefetches_reach_the_layer_s_policy() -> None:
 
 
 def test_a_layer_without_a_slot_is_an_error() -> None:
-    with pytest.raises(
-        CapacityError, match=r"2 slots cannot be split over 3 MoE layers: cache.slots must be at least 3"
-    ):
+    with pytest.raises(CapacityError, match=r"2 slots cannot be split over 3 MoE layers: cache.slots must be at least 3"):
         PerLayer(2, 3, Lru)
 
 

@@ -148,6 +148,4 @@ def test_no_policy_beats_the_bound(make: Factory, capacity: int) -> None:
 
 
 def test_every_policy_of_the_issue_has_a_config() -> None:
-    assert {"slru", "slru_promote", "slru_reserved", "lru", "lfu", "none", "resident"} <= {
-        config.stem for config in CONFIGS
-    }
+    assert {"slru", "slru_promote", "slru_reserved", "lru", "lfu", "none", "resident"} <= {config.stem for config in CONFIGS}

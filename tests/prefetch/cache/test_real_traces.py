@@ -36,9 +36,7 @@ def sequences() -> list[list[list[ExpertKey]]]:
     found = []
     for start, end in spans[~np.array(loops)][::3]:
         tokens = recorded["ids"][start:end].tolist()
-        found.append(
-            [[keys[layer][expert] for expert in token[layer]] for token in tokens for layer in range(N_LAYERS)]
-        )
+        found.append([[keys[layer][expert] for expert in token[layer]] for token in tokens for layer in range(N_LAYERS)])
     return found
 
 
@@ -49,9 +47,7 @@ def hit_rate(counts: list[tuple[int, int]]) -> float:
 
 
 @pytest.mark.parametrize(("slots_per_layer", "published"), [(8, 0.63), (16, 0.90)])
-def test_lru_per_layer_on_gpt_oss(
-    sequences: list[list[list[ExpertKey]]], slots_per_layer: int, published: float
-) -> None:
+def test_lru_per_layer_on_gpt_oss(sequences: list[list[list[ExpertKey]]], slots_per_layer: int, published: float) -> None:
     """Each sequence starts with an empty cache. The published figures are rounded ("about")."""
     counts = []
     for events in sequences:

@@ -80,9 +80,7 @@ def test_original_equals_two_plain_lists(
 @settings(max_examples=100, deadline=None)
 @given(
     capacity=st.integers(3, 9),
-    calls=st.lists(
-        st.tuples(st.sampled_from(["route", "prefetch", "pin", "unpin", "remove"]), some_keys), max_size=120
-    ),
+    calls=st.lists(st.tuples(st.sampled_from(["route", "prefetch", "pin", "unpin", "remove"]), some_keys), max_size=120),
 )
 def test_pinned_members_never_leave(variant: str, capacity: int, calls: list[tuple[str, ExpertKey]]) -> None:
     cache, pinned = Slru(capacity, variant=variant), set()
@@ -107,10 +105,7 @@ def test_pinned_members_never_leave(variant: str, capacity: int, calls: list[tup
 
 
 def test_a_quarter_is_probation() -> None:
-    sizes = {
-        capacity: (Slru(capacity).probation_capacity, Slru(capacity).protected_capacity)
-        for capacity in (2, 3, 4, 8, 103)
-    }
+    sizes = {capacity: (Slru(capacity).probation_capacity, Slru(capacity).protected_capacity) for capacity in (2, 3, 4, 8, 103)}
     assert sizes == {2: (1, 1), 3: (1, 2), 4: (1, 3), 8: (2, 6), 103: (25, 78)}
 
 

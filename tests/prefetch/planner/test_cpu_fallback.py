@@ -33,9 +33,7 @@ def test_without_a_link_share_the_cpu_computes_every_miss(queued_experts: int) -
     assert bound(0).compute_on_cpu(MISSING, tier(queued_experts * ROW_BYTES)) == MISSING
 
 
-@pytest.mark.parametrize(
-    ("queued_bytes", "by_link"), [(0, 2), (1, 1), (ROW_BYTES, 1), (ROW_BYTES + 1, 0), (9 * ROW_BYTES, 0)]
-)
+@pytest.mark.parametrize(("queued_bytes", "by_link"), [(0, 2), (1, 1), (ROW_BYTES, 1), (ROW_BYTES + 1, 0), (9 * ROW_BYTES, 0)])
 def test_the_link_takes_misses_until_its_queue_is_full(queued_bytes: int, by_link: int) -> None:
     assert bound(2).compute_on_cpu(MISSING, tier(queued_bytes)) == MISSING[by_link:]
 

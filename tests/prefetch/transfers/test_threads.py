@@ -328,9 +328,7 @@ def test_close_while_busy_leaves_nothing_behind(pack):
     for _ in range(5):
         transfers = ThreadTransfers(disk(pack), Slots(N_CHUNKS * CHUNK).buffer, n_threads=3, chunk_bytes=CHUNK)
         assert len(transfer_threads()) == 3 and descriptors_of(pack) == 1
-        submitted = [
-            transfers.submit(ExpertKey(0, slot), slot, demand=slot < 3) for slot in range(N_SLOTS) for _ in range(20)
-        ]
+        submitted = [transfers.submit(ExpertKey(0, slot), slot, demand=slot < 3) for slot in range(N_SLOTS) for _ in range(20)]
         transfers.close()
         transfers.close()
         assert transfer_threads() == [] and descriptors_of(pack) == 0

@@ -26,9 +26,7 @@ def test_tier_moves_an_expert(path, tmp_path):
     source = {"disk": DiskSource, "host": HostSource}[tier["kind"]](tmp_path / "pack", lambda key: 0, len(row))
     slot = memoryview(mmap.mmap(-1, len(row)))
     link = EmulatedLink(**tier["link"]) if tier["link"] else None
-    transfers = ThreadTransfers(
-        source, lambda _: slot, n_threads=tier["n_threads"], chunk_bytes=tier["chunk_bytes"], link=link
-    )
+    transfers = ThreadTransfers(source, lambda _: slot, n_threads=tier["n_threads"], chunk_bytes=tier["chunk_bytes"], link=link)
     transfer = transfers.submit(KEY, 0, demand=True)
     transfers.wait_any([transfer])
     transfers.close()
