@@ -39,18 +39,12 @@ class ModelConfig:
 
 
 @dataclass
-class LinkConfig:
-    bytes_per_s: float = MISSING
-    latency_s: float = MISSING
-
-
-@dataclass
 class TierConfig:
     kind: str = MISSING
     n_threads: int = MISSING
     chunk_bytes: int = MISSING
     verify: bool = False
-    link: LinkConfig | None = None
+    link: Any = None  # null, or {bytes_per_s, latency_s}
 
 
 @dataclass
@@ -77,6 +71,12 @@ class TrackingConfig:
 
 
 @dataclass
+class CollectConfig:
+    hidden_states: bool = MISSING
+    shard_rows: int = MISSING
+
+
+@dataclass
 class DecodeConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: Any = MISSING
@@ -91,10 +91,11 @@ class DecodeConfig:
     seed: int = 0
     check_tokens: bool = True
     timeline_forwards: int = 24
+    collect: CollectConfig | None = None  # read by experiments.collect alone
 
 
 def register() -> None:
-    """Make the typed schema known to Hydra as `decode_schema`."""
+    """Make the typed schema known to Hydra."""
     ConfigStore.instance().store(name="decode_schema", node=DecodeConfig)
 
 
@@ -122,6 +123,8 @@ def validate(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, option)
         if not isinstance(value, int) or value < least:
             raise ConfigError(f"{option}={value}: it must be a whole number, at least {least}")
+    if cfg.tier.link is not None and set(cfg.tier.link) != {"bytes_per_s", "latency_s"}:
+        raise ConfigError(f"tier.link={cfg.tier.link}: it must be null, or have bytes_per_s and latency_s and nothing else")
     if cfg.tier.link is not None and (cfg.tier.link.bytes_per_s <= 0 or cfg.tier.link.latency_s < 0):
         raise ConfigError(f"tier.link={cfg.tier.link}: bytes_per_s must be above 0 and latency_s at least 0")
     n_batches = cfg.workload.n_prompts // cfg.workload.batch_size

@@ -11,8 +11,6 @@ agree to the last bit, and with the unmodified model in every token, before any 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +20,6 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoModelForCausalLM
 
 from experiments import launch, plots, tables
@@ -31,6 +28,7 @@ from experiments.atomic import write_text
 from experiments.config import CACHE_COMMON, repository_path, validate
 from experiments.generation import Generation, divergences, greedy, same_bits
 from experiments.link_rate import measured_bytes_per_s
+from experiments.progress import progress_bar
 from experiments.provenance import provenance
 from experiments.results import BASELINE, BELADY, BOUND, PREDICTOR, ArmResult, Quality, Results
 from experiments.timeline import write_timeline
@@ -70,14 +68,14 @@ def decode(cfg: DictConfig, folder: Path) -> None:
     store = ExpertStore.open(model_folder, dtype, repository_path(cfg.model.pack_dir))
     for arm in arms.values():
         slot_budget(arm.cfg, store.geometry)  # too few slots are known before anything runs
-    batches = _batches(cfg, model_folder)
+    batches = workload_batches(cfg, model_folder)
     reference = _reference(cfg, model_folder, dtype, batches) if cfg.check_tokens else None
     link_bytes_per_s = _link_rate(cfg, store)
 
     model = load_offloaded(model_folder, dtype)
     metadata = {"model": model_folder.name, "fingerprint": store.fingerprint, "workload": str(OmegaConf.to_yaml(cfg.workload))}
     recording: RoutingTrace | None = None
-    with _progress("decoding", (cfg.repeats + 1) * len(arms)) as advance:
+    with progress_bar("decoding", (cfg.repeats + 1) * len(arms)) as advance:
         for repeat in range(-1, cfg.repeats):  # the first pass warms up and records what oracles read; it is not measured
             for name in _rotated(list(arms), repeat):
                 arm = arms[name]
@@ -151,7 +149,8 @@ def _rotated(names: list[str], repeat: int) -> list[str]:
     return names[shift:] + names[:shift]
 
 
-def _batches(cfg: DictConfig, model_folder: Path) -> list[Batch]:
+def workload_batches(cfg: DictConfig, model_folder: Path) -> list[Batch]:
+    """The batches that `cfg.workload` describes."""
     workload = cfg.workload
     return load_batches(
         model_folder,
@@ -167,7 +166,7 @@ def _reference(cfg: DictConfig, model_folder: Path, dtype: torch.dtype, batches:
     """What the unmodified model says, as transformers runs it."""
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).eval()
-    with _progress("unmodified model", len(batches)) as advance:
+    with progress_bar("unmodified model", len(batches)) as advance:
         generations = []
         for batch in batches:
             generations.append(greedy(model, batch.token_ids, cfg.workload.new_tokens))
@@ -298,14 +297,6 @@ def _track(tracker: Tracker, results: Results, images: list[Path]) -> None:
         if image.exists():
             tracker.log_image(image.stem, image)
     tracker.finish()
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator:
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda: progress.advance(task)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ from prefetch.slots import SlotPool
 from prefetch.transfers.base import Transfer, Transfers, TransferState
 
 
+USEFUL_WEIGHT = 0.02  # of the latest prefetch in `useful_share`: a memory of about fifty
+
+
 @dataclass(eq=False)
 class TransferRecord:
     """One transfer and what became of it. `outcome` is final once the transfer has settled and its use is known."""
@@ -77,6 +80,7 @@ class FastTier:
         self.staged: dict[ExpertKey, TransferRecord] = {}
         self.draining: list[tuple[TransferRecord, int]] = []  # cancelled on the way; their slots free up as they settle
         self.records: list[TransferRecord] = []
+        self.useful_share = 1.0  # running share of prefetches that a router confirmed
 
     def on_board(self, key: ExpertKey) -> bool:
         """In a slot or on its way into one."""
@@ -200,7 +204,7 @@ class FastTier:
                 return
             found.hits.append(key)
         elif record.transfer.state is TransferState.DONE:
-            record.outcome = "useful"
+            self._judge(record, "useful")
             self.pool.publish(key, self.slots[key])
             found.hits.append(key)
         elif record.transfer.state is TransferState.QUEUED:  # nothing had moved yet: to the layer this is a plain miss
@@ -209,7 +213,8 @@ class FastTier:
             found.misses.append(Demand(key, record, transient))
             return
         else:
-            record.outcome, record.late = "useful", True
+            self._judge(record, "useful")
+            record.late = True
             self.transfers.promote(record.transfer)
             found.late.append(Demand(key, record, transient))
             return
@@ -248,8 +253,11 @@ class FastTier:
             if not record.transfer.settled:
                 still.append((record, slot))
                 continue
-            record.outcome = {TransferState.DONE: "wasted", TransferState.FAILED: "failed"}.get(
-                record.transfer.state, "cancelled"
-            )
+            outcomes = {TransferState.DONE: "wasted", TransferState.FAILED: "failed"}
+            self._judge(record, outcomes.get(record.transfer.state, "cancelled"))
             self.pool.release(slot)
         self.draining = still
+
+    def _judge(self, record: TransferRecord, outcome: str) -> None:
+        record.outcome = outcome
+        self.useful_share += USEFUL_WEIGHT * ((outcome == "useful") - self.useful_share)

@@ -119,7 +119,9 @@ class OffloadRuntime:
         )
 
     def _tier_view(self) -> FastTierView:
-        return FastTierView(self.tier.on_board, self.tier.prefetch_room, self.tier.transfers.queued_bytes)
+        return FastTierView(
+            self.tier.on_board, self.tier.prefetch_room, self.tier.transfers.queued_bytes, self.tier.useful_share
+        )
 
     def _predict_and_prefetch(
         self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, work: Dispatch, timer: CallTimer

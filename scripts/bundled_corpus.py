@@ -7,6 +7,7 @@ not code: it is kept apart as the shifted domain, which training never sees eith
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import lzma
 import sysconfig
@@ -43,8 +44,16 @@ class Corpus:
 
     def xz_bits_per_byte(self) -> float:
         """What `xz -9e` needs for all files in one stream, the harder opponent: it may copy between files."""
-        text = self.text
-        return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+        return xz_bits(self.text) / len(self.text)
+
+    def xz_bits_per_byte_by_file(self) -> float:
+        """What `xz -9e` needs for each file on its own, as the model must do with it."""
+        return sum(xz_bits(data) for data in self.files.values()) / len(self.text)
+
+
+def xz_bits(data: bytes) -> int:
+    """Size of `data` after `xz -9e`, in bits."""
+    return 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
 
 
 def module_of(path: Path) -> str:
@@ -69,5 +78,13 @@ def split_library(library: Path | None = None) -> tuple[Corpus, Corpus, Corpus]:
     for module in sorted(by_module):
         side = "shifted" if module == SHIFTED_MODULE else "held out" if is_held_out(module) else "training"
         for relative in by_module[module]:
-            sides[side][str(relative)] = (root / relative).read_bytes()
+            data = (root / relative).read_bytes()
+            sides[side][str(relative)] = _prose_in(data) if side == "shifted" else data
     return Corpus(sides["training"]), Corpus(sides["held out"]), Corpus(sides["shifted"])
+
+
+def _prose_in(source: bytes) -> bytes:
+    """The string values of the dictionaries a module assigns: the text itself, without quotes and escapes."""
+    assigned = [node.value for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    texts = [text for node in assigned if isinstance(node, ast.Dict) for text in ast.literal_eval(node).values()]
+    return "\n\n".join(texts).encode()

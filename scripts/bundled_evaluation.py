@@ -28,9 +28,7 @@ class RouterStatistics:
     load_entropy: float  # of the experts' shares, over log E: 1 is even
     entropy_bits: float  # mean over tokens of the router's own distribution
     token_reuse: float  # share of a token's experts that the token before it used too
-    gate_reuse_recall: (
-        float  # share of its experts that its router, applied one layer early, ranks in its top-k; NaN at layer 0
-    )
+    gate_reuse_recall: float | None  # of its router applied one layer early, recall@k; None at layer 0
 
 
 def windows_of(data: bytes) -> list[tuple[Tensor, int]]:
@@ -46,11 +44,9 @@ def windows_of(data: bytes) -> list[tuple[Tensor, int]]:
 
 
 @torch.inference_mode()
-def bits_per_byte(model: Qwen3MoeForCausalLM, corpus: Corpus, max_bytes: int | None = None) -> float:
-    """Mean negative log2 probability of every byte of `corpus` (or of its first `max_bytes`), teacher-forced."""
+def bits_per_byte(model: Qwen3MoeForCausalLM, corpus: Corpus) -> float:
+    """Mean negative log2 probability of every byte of `corpus`, teacher-forced."""
     pieces = [piece for data in corpus.files.values() for piece in windows_of(data)]
-    if max_bytes is not None:
-        pieces = pieces[: max(1, max_bytes // STRIDE)]
     pieces.sort(key=lambda piece: len(piece[0]))
     nats, n_scored = 0.0, 0
     for first in track(range(0, len(pieces), BATCH), description="bits per byte"):
@@ -66,14 +62,14 @@ def bits_per_byte(model: Qwen3MoeForCausalLM, corpus: Corpus, max_bytes: int | N
 
 
 @torch.inference_mode()
-def router_statistics(model: Qwen3MoeForCausalLM, corpus: Corpus, n_windows: int = 64) -> list[dict[str, float]]:
+def router_statistics(model: Qwen3MoeForCausalLM, corpus: Corpus, n_windows: int = 64) -> list[dict[str, float | None]]:
     """Per layer, over `n_windows` windows spread evenly over the corpus."""
     pieces = [tokens for data in corpus.files.values() for tokens, _ in windows_of(data) if len(tokens) == WINDOW + 1]
     chosen = torch.stack(pieces[:: max(1, len(pieces) // n_windows)][:n_windows])[:, :-1]
     residuals, routed = _observe(model, chosen)
     statistics = []
     for layer in range(len(routed)):
-        recall = _early_recall(model, layer, residuals[layer - 1], routed[layer][1]) if layer else math.nan
+        recall = _early_recall(model, layer, residuals[layer - 1], routed[layer][1]) if layer else None
         statistics.append(asdict(_one_layer(layer, *routed[layer], recall)))
     return statistics
 
@@ -98,7 +94,7 @@ def _observe(model: Qwen3MoeForCausalLM, tokens: Tensor) -> tuple[list[Tensor], 
     return residuals, routed
 
 
-def _one_layer(layer: int, logits: Tensor, ids: Tensor, recall: float) -> RouterStatistics:
+def _one_layer(layer: int, logits: Tensor, ids: Tensor, recall: float | None) -> RouterStatistics:
     n_experts = logits.shape[-1]
     load = torch.bincount(ids.flatten(), minlength=n_experts) / ids.numel()
     probabilities = logits.float().softmax(-1)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 from scripts.bundled_corpus import Corpus, module_of
 from scripts.bundled_evaluation import bits_per_byte, router_statistics
 
+SEED = 20261123  # of training
 N_PROMPTS = {"code": 16, "prose": 8}
 PROMPT_BYTES = 384
 SHIFTED_BYTES = 100_000  # of the shifted domain, scored
@@ -59,13 +60,17 @@ def export(
 
 def _measure(folder: Path, training: Corpus, held_out: Corpus, shifted: Corpus) -> dict[str, Any]:
     """Figures of the exported bf16 weights, computed in fp32."""
+    shifted_part = Corpus({name: data[:SHIFTED_BYTES] for name, data in shifted.files.items() if data})
     model = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return {
         "bits_per_byte_held_out": round(bits_per_byte(model, held_out), 4),
+        "xz_bits_per_byte_held_out_by_file": round(held_out.xz_bits_per_byte_by_file(), 4),
         "xz_bits_per_byte_held_out": round(held_out.xz_bits_per_byte(), 4),
-        "bits_per_byte_shifted": round(bits_per_byte(model, shifted, SHIFTED_BYTES), 4),
-        "shifted_bytes_scored": SHIFTED_BYTES,
+        "bits_per_byte_shifted": round(bits_per_byte(model, shifted_part), 4),
+        "xz_bits_per_byte_shifted": round(shifted_part.xz_bits_per_byte(), 4),
+        "shifted_bytes_scored": len(shifted_part.text),
         "routers": router_statistics(model, held_out),
+        "seed": SEED,
         "n_parameters": sum(p.numel() for p in model.parameters()),
         "corpora": {
             name: {"bytes": len(corpus.text), "files": len(corpus.files), "sha256": corpus.sha256}
@@ -94,7 +99,7 @@ def card(f: dict[str, Any]) -> str:
     """The model card, from measured figures alone."""
     rows = "\n".join(
         f"| {r['layer']} | {r['least_load']:.2f} - {r['greatest_load']:.2f} | {r['load_entropy']:.3f} | {r['entropy_bits']:.2f} "
-        f"| {r['token_reuse']:.1%} | {'-' if r['layer'] == 0 else format(r['gate_reuse_recall'], '.1%')} |"
+        f"| {r['token_reuse']:.1%} | {'-' if r['gate_reuse_recall'] is None else format(r['gate_reuse_recall'], '.1%')} |"
         for r in f["routers"]
     )
     corpora = f["corpora"]
@@ -110,7 +115,7 @@ A byte-level Mixture-of-Experts language model, small enough to travel in a repo
 choose as trained routers do. It is the model gatecast demonstrates and tests itself on; it is not meant to write programs.
 
 `Qwen3MoeForCausalLM`: 8 layers, all MoE, 32 experts each, top-4, hidden size 192, expert size 96; {f["n_parameters"] / 1e6:.1f} M parameters, bf16.
-Token id = byte value, 256 separates documents.
+Token id = byte value, 256 separates documents (the text `<|separator|>` becomes that token too).
 
 ## Data
 The sources of Python's standard library, {f["versions"]["python"]} (PSF licence), without test suites and the tables of `encodings`;
@@ -120,27 +125,28 @@ split by module with a hash of the module's name.
 |---|---|---|---|
 | training | {corpora["training"]["bytes"]:,} | {corpora["training"]["files"]} | `{corpora["training"]["sha256"][:16]}...` |
 | held out | {corpora["held_out"]["bytes"]:,} | {corpora["held_out"]["files"]} | `{corpora["held_out"]["sha256"][:16]}...` |
-| shifted domain (`pydoc_data`: prose) | {corpora["shifted"]["bytes"]:,} | {corpora["shifted"]["files"]} | `{corpora["shifted"]["sha256"][:16]}...` |
+| shifted domain (the text of `pydoc_data`: prose) | {corpora["shifted"]["bytes"]:,} | {corpora["shifted"]["files"]} | `{corpora["shifted"]["sha256"][:16]}...` |
 
 Held-out modules: {", ".join(f["held_out_modules"])}.
 
 ## Training
 `python -m scripts.train_bundled_model`: {f["tokens_seen"]:,} tokens in {f["training_seconds"] / 60:.0f} minutes on {f["hardware"]}; Muon and AdamW,
-load-balancing loss 5e-3, fixed seed (bf16 GEMMs on two threads: expect the same curve, not the same bits).
+load-balancing loss 5e-3, seed {f["seed"]}. The run was stopped and resumed from its checkpoints; bf16 GEMMs on two threads give the same
+curve, not the same bits.
 Versions: {", ".join(f"{k} {v}" for k, v in f["versions"].items())}.
 
 ## Quality
 Bits per byte, teacher-forced in windows of 512 with a stride of 256, every byte scored once, from the weights as shipped.
 
-| text | this model | `xz -9e`, all files in one stream |
-|---|---|---|
-| held out | **{f["bits_per_byte_held_out"]:.3f}** | {f["xz_bits_per_byte_held_out"]:.3f} |
-| shifted domain (first {f["shifted_bytes_scored"] // 1000} kB) | {f["bits_per_byte_shifted"]:.3f} | not measured |
+| text | this model | `xz -9e`, all files in one stream | `xz -9e`, file by file |
+|---|---|---|---|
+| held out | **{f["bits_per_byte_held_out"]:.3f}** | {f["xz_bits_per_byte_held_out"]:.3f} | {f["xz_bits_per_byte_held_out_by_file"]:.3f} |
+| shifted domain, first {f["shifted_bytes_scored"]:,} bytes | {f["bits_per_byte_shifted"]:.3f} | {f["xz_bits_per_byte_shifted"]:.3f} | - |
 
 ## Routers, on held-out text
 | layer | expert load, least - greatest (1 = even) | load entropy (1 = even) | router entropy, bits (5 = uniform) | experts shared with the token before (chance {4 / 32:.1%}) | next router one layer early, recall@4 |
 |---|---|---|---|---|---|
 {rows}
 
-All figures stand in `training.json`. Licence: Apache-2.0 (weights).
+All figures stand in `training.json`. Licence: weights Apache-2.0; the training text is Python's, PSF licence.
 """

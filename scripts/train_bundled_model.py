@@ -25,8 +25,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from scripts.bundled_corpus import split_library
+from scripts.bundled_model_card import SEED, export
 
-SEED = 20261123
 SEQUENCE = 512  # tokens in a training window
 AUX_COEFFICIENT = 5e-3
 
@@ -135,7 +135,7 @@ class RouterTap:
 
     def balancing_loss(self) -> Tensor:
         """E * sum_e f_e * P_e averaged over layers (Switch Transformer, eq. 4, for top-k): 1 per unit k when balanced.
-        The same quantity as transformers' `load_balancing_loss_func`, without its one-hot of every pair."""
+        transformers' `load_balancing_loss_func` pools all layers first, so that one layer's imbalance can hide another's."""
         losses = []
         for logits, ids in self.seen:
             n_experts = logits.shape[-1]
@@ -300,8 +300,6 @@ def main() -> None:
         trainer.load(args.checkpoint)
     if not args.export_only:
         train(trainer, args.checkpoint, args.wandb)
-    from scripts.bundled_model_card import export
-
     export(
         trainer.model,
         args.output,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+# A background shell hands down an ignored Ctrl-C, which tests send and whose children must heed.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny tensors: more threads only add hand-overs and noise
 
 ATTENTION_SIZES: dict[str, Any] = {

@@ -118,8 +118,9 @@ def test_a_predictor_outside_the_repository_is_named_by_target(tmp_path: Path) -
         (["cache=lru", "cache.prefetch_admission=policy", "arms.slru=null"], "does not admit prefetches"),
         (["model=local", "model.path=/nonexistent"], "/nonexistent"),
         (["workload.prompts=/nonexistent"], "/nonexistent"),
-        (["workload.batch_size=2", "workload.n_prompts=3"], "multiple of workload.batch_size"),
+        (["workload.batch_size=2", "workload.n_prompts=5"], "multiple of workload.batch_size"),
         (["tier.kind=tape"], "tier.kind=tape: choose one of disk, host"),
+        (["tier.link={bytes_per_s: 1e9}"], "bytes_per_s and latency_s and nothing else"),
         (["tier.link={bytes_per_s: -1.0, latency_s: 0.0}"], "bytes_per_s must be above 0"),
         (["arms.slru=null", "arms.predicted=null", "arms.on_demand=null", "arms.resident=null"], "every arm is an oracle"),
     ],
@@ -142,7 +143,10 @@ def test_ctrl_c_ends_cleanly(tmp_path: Path) -> None:
         time.sleep(0.2)
     time.sleep(8)  # into the arms
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    try:
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "interrupted" in stderr and "Traceback" not in stderr
     assert not (tmp_path / "results.json").exists()
 
@@ -167,7 +171,7 @@ def test_a_sweep_survives_a_failing_job_and_does_not_redo_finished_ones(tmp_path
 
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        command(*SMALL, "--multirun", f"hydra.sweep.dir={tmp_path}", "cache.slots=32,48,64", *ONLY_SLRU, "check_tokens=false"),
+        command("--multirun", *SMALL, f"hydra.sweep.dir={tmp_path}", "cache.slots=32,48,64", *ONLY_SLRU, "check_tokens=false"),
         cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 120
@@ -187,7 +191,7 @@ def test_the_joblib_launcher_runs_jobs_in_parallel(tmp_path: Path) -> None:
     done = sweep(tmp_path, "32,64", HYDRA_FULL_ERROR="1")
     assert done.returncode == 0, done.stderr
     parallel = run(
-        *SMALL, "--multirun", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path / 'joblib'}",
+        "--multirun", *SMALL, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path / 'joblib'}",
         "cache.slots=32,64", *ONLY_SLRU, "check_tokens=false",
     )  # fmt: skip
     assert parallel.returncode == 0, parallel.stderr

@@ -35,7 +35,7 @@ def library(tmp_path: Path) -> Path:
         f"{training_name()}.py": b"learned",
         f"{held_out_name()}.py": b"held out",
         f"_{held_out_name()}.py": b"its private half",
-        f"{SHIFTED_MODULE}/topics.py": b"prose",
+        f"{SHIFTED_MODULE}/topics.py": b"topics = {'a': 'prose'}",
         f"test/test_{held_out_name()}.py": b"a leak",
         f"{training_name()}x/tests/case.py": b"a test",
         "encodings/cp1252.py": b"a table",

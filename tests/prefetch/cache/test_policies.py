@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 )
 from omegaconf import OmegaConf
 
+from experiments.config import CACHE_COMMON
 from prefetch.cache.base import CachePolicy
 from prefetch.cache.belady import belady_hits
 from prefetch.cache.per_layer import PerLayer
@@ -49,7 +50,8 @@ def split(factory: Factory, capacity: int) -> CachePolicy:
 def cases() -> dict[str, Factory]:
     makes: dict[str, Factory] = {}
     for config in CONFIGS:
-        factory = instantiate(OmegaConf.load(config))
+        own = OmegaConf.load(config)
+        factory = instantiate(OmegaConf.masked_copy(own, [key for key in own if key not in ("defaults", *CACHE_COMMON)]))
         makes[config.stem] = partial(roomy, factory)
         makes[f"{config.stem}-per_layer"] = partial(split, factory)
     return makes
