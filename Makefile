@@ -4,11 +4,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help venv demo test lint bench clean
+.PHONY: help venv demo test lint bench results clean
 help:
 	@echo "make demo    decode the bundled model with offloaded experts and compare predictors (about 2 minutes)"
 	@echo "make test    all tests"
-	@echo "make bench   the figures of docs/results.md (about 10 minutes; wants a quiet machine)"
+	@echo "make bench   exactness, speed with everything resident, transfers, overhead (minutes; wants a quiet machine)"
+	@echo "make results the figures of docs/results.md (about 10 minutes; wants a quiet machine)"
 	@echo "make lint    ruff and mypy"
 	@echo "make venv    set up $(VENV) only; the others do it when needed"
 	@echo "make clean   remove $(VENV), packed experts and outputs"
@@ -32,6 +33,11 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m experiments.bench
+
+results: $(STAMP)
+	$(BIN)/python -m experiments.decode experiment=demo hydra.run.dir=outputs/results/slots_25
+	$(BIN)/python -m experiments.decode experiment=demo cache.slots=0.45 hydra.run.dir=outputs/results/slots_45
+	$(BIN)/python -m experiments.bench hydra.run.dir=outputs/results/bench
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -114,14 +115,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 class Sweep(Callback):
-    """At the end of a sweep: name the jobs that failed, and exit with 1 if there are any."""
+    """At the end of a sweep: name the jobs that failed in it, and exit with 1 if there are any."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self.began_s = time.time()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        failed = sorted(folder.glob(f"*/{FAILED}"))
-        finished = len(list(folder.glob(f"*/{FINISHED}")))
+        failed = sorted(path for path in folder.rglob(FAILED) if path.stat().st_mtime >= self.began_s)
+        finished = len(list(folder.rglob(FINISHED)))
         print(f"sweep {folder}: {finished} finished, {len(failed)} failed", file=sys.stderr)
         for path in failed:
-            print(f"  failed: {path.parent.name}: {_read(path).get('error')}", file=sys.stderr)
+            print(f"  failed: {path.parent.relative_to(folder)}: {_read(path).get('error')}", file=sys.stderr)
         if failed:
             sys.exit(1)

@@ -17,7 +17,6 @@ from prefetch.geometry import ExpertKey
 from prefetch.slots import SlotPool
 from prefetch.transfers.base import Transfer, Transfers, TransferState
 
-
 USEFUL_WEIGHT = 0.02  # of the latest prefetch in `useful_share`: a memory of about fifty
 
 

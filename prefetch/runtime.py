@@ -18,7 +18,7 @@ from kernels.expert_mlp import expert_mlp, weighted_sum
 from predictors.base import LayerView, ModelView, Prediction, Predictor
 from predictors.none import NoPredictor
 from prefetch.dispatch import Dispatch, dispatch
-from prefetch.errors import RoutingError, TransferError
+from prefetch.errors import GatecastError, RoutingError, TransferError
 from prefetch.fast_tier import Demand, FastTier, LookUp
 from prefetch.geometry import ExpertKey, MoEGeometry
 from prefetch.planner.base import FastTierView, Planner
@@ -148,6 +148,8 @@ class OffloadRuntime:
             for prediction in predictions:
                 _check_prediction(prediction, len(seen.hidden), self.geometry)
             return predictions
+        except GatecastError:
+            raise  # the user's mistake, such as an oracle's trace of another run: a comparison without it would mislead
         except Exception as error:  # whatever a plug-in raises
             log.warning(
                 "predictor %s failed at MoE layer %d (%s: %s): going on without prefetch",

@@ -13,7 +13,6 @@ from prefetch.errors import ConfigError
 from prefetch.geometry import ExpertKey, MoEGeometry
 from prefetch.planner.base import FastTierView, Planner
 
-
 PROBE_EVERY = 16  # layer calls
 
 

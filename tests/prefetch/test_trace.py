@@ -89,11 +89,28 @@ def test_forwards_cover_every_row_once() -> None:
     assert forwards[0].rows == slice(0, PROMPT)
 
 
+def test_sequences_of_one_forward_pass_each_are_told_apart() -> None:
+    trace = make_run().trace
+    prefills = dataclasses.replace(trace, **{name: getattr(trace, name)[trace.step == 0] for name in ARRAYS})
+    assert [(f.sequence, f.step, f.rows.stop - f.rows.start) for f in prefills.forwards()] == [
+        (0, 0, PROMPT),
+        (1, 0, PROMPT),
+    ]
+
+
 def test_an_empty_run_has_no_forwards_and_no_events() -> None:
     trace = make_run().trace
     nothing = dataclasses.replace(trace, **{name: getattr(trace, name)[:0] for name in ARRAYS})
     assert nothing.forwards() == []
     assert nothing.routing_events() == []
+
+
+def test_who_is_reading_the_old_file_can_finish(saved: Path) -> None:
+    before = saved.read_bytes()
+    with saved.open("rb") as reader:
+        dataclasses.replace(make_trace(), metadata={"model": "another"}).save(saved)
+        assert reader.read() == before
+    assert RoutingTrace.load(saved).metadata == {"model": "another"}
 
 
 def test_a_failed_save_leaves_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
