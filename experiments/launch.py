@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -39,6 +40,7 @@ def run(config_name: str, task: Task) -> None:
     """
     configuration.register()
     quieten_libraries()
+    task = _importable(task)
 
     @hydra.main(version_base="1.3", config_path=str(configuration.REPOSITORY / "conf"), config_name=config_name)
     def job(cfg: DictConfig) -> None:
@@ -61,6 +63,15 @@ def run(config_name: str, task: Task) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         _report(error)
         sys.exit(2)
+
+
+def _importable(task: Task) -> Task:
+    """The same function under its module's real name: workers of a parallel sweep import it instead of unpickling `__main__`."""
+    main = sys.modules["__main__"]
+    if task.__module__ != "__main__" or main.__spec__ is None:
+        return task
+    found: Task = getattr(importlib.import_module(main.__spec__.name), task.__name__)
+    return found
 
 
 def quieten_libraries() -> None:
