@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
@@ -19,6 +20,8 @@ from transformers import (
 
 # A background shell hands down an ignored Ctrl-C, which tests send and whose children must heed.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")  # a test run must not depend on luck; --hypothesis-profile=default explores further
 torch.set_num_threads(1)  # tiny tensors: more threads only add hand-overs and noise
 
 ATTENTION_SIZES: dict[str, Any] = {
