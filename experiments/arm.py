@@ -7,10 +7,12 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from experiments.config import compose_policy
@@ -22,7 +24,7 @@ from prefetch.cache.none import NoCache
 from prefetch.cache.resident import Resident
 from prefetch.errors import CapacityError, ConfigError
 from prefetch.fast_tier import FastTier
-from prefetch.geometry import MoEGeometry
+from prefetch.geometry import ExpertKey, MoEGeometry
 from prefetch.model import attach
 from prefetch.planner.none import NoPrefetch
 from prefetch.recorder import RunRecord
@@ -103,8 +105,9 @@ def runtime(cfg: DictConfig, store: ExpertStore, trace: RoutingTrace | None) -> 
     budget = slot_budget(cfg, geometry)
     pool = SlotPool(geometry, budget.n_slots)
     link = EmulatedLink(cfg.tier.link.bytes_per_s, cfg.tier.link.latency_s) if cfg.tier.link else None
+    source = build_source(cfg, store)
     transfers = ThreadTransfers(
-        build_source(cfg, store),
+        source,
         pool.buffer,
         n_threads=cfg.tier.n_threads,
         chunk_bytes=cfg.tier.chunk_bytes,
@@ -124,9 +127,14 @@ def runtime(cfg: DictConfig, store: ExpertStore, trace: RoutingTrace | None) -> 
         if trace is not None and hasattr(predictor, "use_trace"):
             predictor.use_trace(trace)
         planner = instantiate(cfg.planner) if not _is(cfg.predictor, NoPredictor) or _computes_on_cpu(cfg) else NoPrefetch()
-        yield OffloadRuntime(geometry, tier, predictor, planner, store.read_expert)
+        yield OffloadRuntime(geometry, tier, predictor, planner, partial(_read_expert, store, source))
     finally:
         transfers.close()
+
+
+def _read_expert(store: ExpertStore, source: Source, key: ExpertKey) -> tuple[Tensor, Tensor]:
+    """An expert's weights where the backing tier has them, for the CPU to compute with."""
+    return store.views(torch.frombuffer(source.row(key), dtype=torch.uint8))
 
 
 def run_arm(

@@ -25,6 +25,10 @@ class TransferError(GatecastError):
     """An expert's bytes could not be brought into a slot."""
 
 
+class BuildError(GatecastError):
+    """Native code could not be compiled."""
+
+
 class RoutingError(GatecastError):
     """The router handed over something that cannot be executed (NaN weights, expert out of range)."""
 

@@ -161,7 +161,7 @@ class OffloadRuntime:
     def _compute(self, key: ExpertKey, hidden: Tensor, work: Dispatch, rows: Tensor, timer: CallTimer) -> None:
         slot, pool = self.tier.slots[key], self.tier.pool
         started = time.perf_counter()
-        _expert_rows(key.expert, pool.gate_up(slot), pool.down(slot), hidden, work, rows)
+        _expert_rows(key.expert, *pool.expert(slot), hidden, work, rows)
         timer.expert_s += time.perf_counter() - started
 
     def _compute_on_cpu(self, key: ExpertKey, hidden: Tensor, work: Dispatch, rows: Tensor, timer: CallTimer) -> None:

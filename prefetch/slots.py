@@ -12,6 +12,7 @@ from torch import Tensor
 from prefetch.errors import CapacityError, ConfigError
 from prefetch.geometry import ExpertKey, MoEGeometry
 from prefetch.memory import allocate_pages
+from prefetch.pack_format import row_tensors
 
 BYTE_UNITS = {
     "B": 1,
@@ -38,7 +39,7 @@ class SlotPool:
             raise CapacityError(f"the fast tier has {n_slots} slots; it needs at least 1 (cache.slots)")
         self.n_slots = n_slots
         self._buffers, rows = _allocate(n_slots, geometry.expert.row_bytes, device)
-        self._gate_up, self._down = _views(rows, geometry)
+        self._experts = [row_tensors(row, geometry.expert) for row in rows]  # made once: a layer call must not pay for slicing
         self.slot_of = torch.full((geometry.n_layers, geometry.n_experts), -1, dtype=torch.int32)
         self._table = self.slot_of.numpy()  # the same memory; reading one entry costs a tenth of torch's time
         self._owner: list[ExpertKey | None] = [None] * n_slots
@@ -86,13 +87,9 @@ class SlotPool:
         """The slot's bytes, writable, `row_bytes` long, page-aligned."""
         return self._buffers[slot]
 
-    def gate_up(self, slot: int) -> Tensor:
-        """[2I, H] view into the slot: gate rows, then up rows."""
-        return self._gate_up[slot]
-
-    def down(self, slot: int) -> Tensor:
-        """[H, I] view into the slot."""
-        return self._down[slot]
+    def expert(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Views into the slot: gate_up [2I, H] (gate rows, then up rows) and down [H, I]."""
+        return self._experts[slot]
 
 
 def parse_slots(spec: int | float | str, geometry: MoEGeometry) -> int:
@@ -156,12 +153,3 @@ def _allocate(n_slots: int, row_bytes: int, device: str) -> tuple[list[memoryvie
     whole = memoryview(pages)
     buffers = [whole[slot * row_bytes : (slot + 1) * row_bytes] for slot in range(n_slots)]
     return buffers, torch.frombuffer(pages, dtype=torch.uint8).view(n_slots, row_bytes)
-
-
-def _views(rows: Tensor, geometry: MoEGeometry) -> tuple[list[Tensor], list[Tensor]]:
-    """gate_up [2I, H] and down [H, I] of every slot, made once: a layer call must not pay for slicing."""
-    expert = geometry.expert
-    down_end = expert.down_offset + expert.down_bytes
-    gate_up = [row[: expert.gate_up_bytes].view(expert.dtype).view(expert.gate_up_shape) for row in rows]
-    down = [row[expert.down_offset : down_end].view(expert.dtype).view(expert.down_shape) for row in rows]
-    return gate_up, down

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 
+from prefetch.errors import TransferError
 from prefetch.geometry import ExpertKey
 
 
@@ -21,20 +21,48 @@ class TransferState(Enum):
 SETTLED = frozenset({TransferState.DONE, TransferState.FAILED, TransferState.CANCELLED})
 
 
-@dataclass(eq=False)
-class Transfer:
-    """One expert on its way into one slot. Times are `time.perf_counter()` seconds; the transfers object writes them."""
+class Transfer(ABC):
+    """One expert on its way into one slot. Times are `time.perf_counter()` seconds, 0.0 while they are not known.
+
+    Attributes:
+        slot: where it goes.
+        n_bytes: what a complete transfer moves.
+    """
 
     key: ExpertKey
     slot: int
-    demand: bool  # False: a prefetch (may be promoted)
-    n_bytes: int  # what a complete transfer moves
-    state: TransferState = TransferState.QUEUED
-    moved_bytes: int = 0  # so far; less than n_bytes if cancelled or failed on the way
-    submitted_s: float = 0.0
-    started_s: float = 0.0
-    finished_s: float = 0.0
-    error: BaseException | None = None
+    n_bytes: int
+
+    @property
+    @abstractmethod
+    def state(self) -> TransferState: ...
+
+    @property
+    @abstractmethod
+    def demand(self) -> bool:
+        """False: a prefetch, as long as it has not been promoted."""
+
+    @property
+    @abstractmethod
+    def moved_bytes(self) -> int:
+        """So far; less than `n_bytes` if cancelled or failed on the way."""
+
+    @property
+    @abstractmethod
+    def submitted_s(self) -> float: ...
+
+    @property
+    @abstractmethod
+    def started_s(self) -> float: ...
+
+    @property
+    @abstractmethod
+    def finished_s(self) -> float: ...
+
+    @property
+    @abstractmethod
+    def error(self) -> TransferError | None:
+        """Why it failed; None if it did not."""
 
     @property
     def settled(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import io
 import logging
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from prefetch.errors import TransferError
 from prefetch.geometry import PAGE_BYTES, ExpertKey
 from prefetch.memory import allocate_pages
+from prefetch.transfers.native import READ_SHORT, NativeDisk, NativeJob, NativeMemory, address_of, library
 
 log = logging.getLogger(__name__)
 
@@ -27,22 +29,49 @@ QUIET_S = 2.0  # a load that takes longer shows its progress
 
 
 class Source(ABC):
-    """One backing tier. Several threads may call `read_into` at once; it lets other threads run while it copies.
+    """One backing tier: `reader`, a function of pool.c's type `read_fn`, and what it takes. Several threads may read at once.
 
     Attributes:
         path: the packed file.
         row_bytes: bytes of one expert's row.
+        offset_of: where the row of an expert begins.
+        reader: the native function that reads; `context` is its first argument.
     """
 
-    path: Path
-    row_bytes: int
+    reader: Callable[..., int]
+    context: ctypes.Structure
 
-    @abstractmethod
+    def __init__(self, path: str | Path, offset_of: Callable[[ExpertKey], int], row_bytes: int):
+        self.path = Path(path)
+        self.offset_of, self.row_bytes = offset_of, row_bytes
+
     def read_into(self, key: ExpertKey, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes of the row of `key` from byte `start` on.
+        """Fill `buffer` with the bytes of the row of `key` from byte `start` on; other threads run meanwhile.
 
         Raises:
             TransferError: the bytes cannot be read; `buffer` then holds anything.
+        """
+        job, n_read = NativeJob(offset=self.offset_of(key)), ctypes.c_int64()
+        context, row = ctypes.addressof(self.context), ctypes.addressof(job)
+        code = self.reader(context, row, start, len(buffer), address_of(buffer), ctypes.addressof(n_read))
+        if code:
+            raise self.error(key, start, code, n_read.value, len(buffer))
+
+    def error(self, key: ExpertKey, start: int, code: int, n_read: int, n_wanted: int) -> TransferError:
+        """What it means that reading `n_wanted` bytes from byte `start` of a row ended with `code` after `n_read` bytes."""
+        where = f"{self.path}: cannot read layer {key[0]} expert {key[1]} at offset {self.offset_of(key) + start}"
+        if code == READ_SHORT:
+            return TransferError(f"{where}: {n_read} of {n_wanted} bytes are there; {self.when_short}")
+        return TransferError(f"{where}: {os.strerror(code)}")
+
+    when_short = "the file is truncated, remove it so that it is packed again"
+
+    @abstractmethod
+    def row(self, key: ExpertKey) -> memoryview:
+        """The row of `key` where the CPU can read it: no copy if the tier is memory.
+
+        Raises:
+            TransferError: it cannot be read.
         """
 
     @abstractmethod
@@ -60,67 +89,47 @@ class DiskSource(Source):
     """
 
     def __init__(self, path: str | Path, offset_of: Callable[[ExpertKey], int], row_bytes: int):
-        self.path = Path(path)
-        self.row_bytes = row_bytes
-        self._offset_of = offset_of
-        self._fd, self.direct = _open_direct(self.path)
+        super().__init__(path, offset_of, row_bytes)
+        self.reader = library().read_disk
+        fd, self.direct = _open_direct(self.path)
+        self.context = NativeDisk(fd, self.direct)
         if not self.direct:
             log.warning(
                 "%s: no O_DIRECT on this file system: reads go through the page cache, their times are not a disk's",
                 path,
             )
 
-    def read_into(self, key: ExpertKey, start: int, buffer: memoryview) -> None:
-        offset = self._offset_of(key) + start
-        try:
-            n_read = os.preadv(self._fd, [buffer], offset)  # retried by Python when a signal interrupts it
-            if n_read < len(buffer):
-                self._read_rest(key, offset, buffer, n_read)
-        except OSError as error:
-            raise TransferError(f"{self._where(key, offset)}: {error.strerror}") from error
-
-    def _read_rest(self, key: ExpertKey, offset: int, buffer: memoryview, n_read: int) -> None:
-        """A read may stop early; only at the end of the file it returns nothing, or (direct) part of a page."""
-        while n_read < len(buffer):
-            at_end = self.direct and n_read % PAGE_BYTES
-            n_more = 0 if at_end else os.preadv(self._fd, [buffer[n_read:]], offset + n_read)
-            if n_more == 0:
-                raise TransferError(
-                    f"{self._where(key, offset)}: the file ends after {n_read} of {len(buffer)} bytes; "
-                    "it is truncated, remove it so that it is packed again"
-                )
-            n_read += n_more
-
-    def _where(self, key: ExpertKey, offset: int) -> str:
-        return f"{self.path}: cannot read layer {key[0]} expert {key[1]} at offset {offset}"
+    def row(self, key: ExpertKey) -> memoryview:
+        buffer = memoryview(allocate_pages(self.row_bytes, "reading one expert"))
+        self.read_into(key, 0, buffer)
+        return buffer
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1  # so that a late read fails rather than reads another file
+        fd, self.context.fd = self.context.fd, -1  # so that a late read fails rather than reads another file
+        if fd >= 0:
+            os.close(fd)
 
 
 class HostSource(Source):
     """Rows copied from RAM, which holds the whole packed file. Loading it is all the file is needed for."""
 
-    def __init__(self, path: str | Path, offset_of: Callable[[ExpertKey], int], row_bytes: int):
-        self.path = Path(path)
-        self.row_bytes = row_bytes
-        self._offset_of = offset_of
-        self._bytes = _load(self.path)
+    when_short = "the file is truncated (or the tier closed), remove it so that it is packed again"
 
-    def read_into(self, key: ExpertKey, start: int, buffer: memoryview) -> None:
-        offset = self._offset_of(key) + start
-        row = self._bytes[offset : offset + len(buffer)]
-        if len(row) < len(buffer):
-            raise TransferError(
-                f"{self.path}: layer {key[0]} expert {key[1]} at offset {offset}: "
-                f"{len(row)} of {len(buffer)} bytes are there; "
-                "the file is truncated (or the tier closed), remove it so that it is packed again"
-            )
-        np.copyto(np.frombuffer(buffer, dtype=np.uint8), row)  # unlike a slice assignment, this releases the GIL
+    def __init__(self, path: str | Path, offset_of: Callable[[ExpertKey], int], row_bytes: int):
+        super().__init__(path, offset_of, row_bytes)
+        self.reader = library().read_memory
+        self._bytes = _load(self.path)
+        self.context = NativeMemory(self._bytes.ctypes.data, self._bytes.size)
+
+    def row(self, key: ExpertKey) -> memoryview:
+        start = self.offset_of(key)
+        there = max(0, self.context.n_bytes - start)
+        if there < self.row_bytes:
+            raise self.error(key, 0, READ_SHORT, there, self.row_bytes)
+        return self._bytes.data[start : start + self.row_bytes]
 
     def close(self) -> None:
+        self.context.n_bytes = 0
         self._bytes = np.empty(0, dtype=np.uint8)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefetch.errors import ConfigError
-from prefetch.transfers.link import EmulatedLink, sleep_until
+from prefetch.transfers.link import EmulatedLink
 
 
 def test_requests_queue_up_behind_each_other():
@@ -54,10 +54,6 @@ def test_delivery_is_never_early_and_lateness_is_counted():
     link.deliver(time.perf_counter() - 1.0)  # the copy itself took a second too long
     assert link.lateness_s - before_s >= 1.0
     assert link.n_requests == 2
-
-
-def test_sleep_until_the_past_returns():
-    sleep_until(time.perf_counter() - 5.0)
 
 
 def test_a_cut_link_delivers_at_once():

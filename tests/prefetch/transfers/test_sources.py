@@ -54,6 +54,7 @@ def test_rows_and_parts_of_rows_equal_the_file(tier, pack):
         part = new_buffer(2 * PAGE_BYTES)
         source.read_into(key, 3 * PAGE_BYTES, part)
         assert part == row_of(key, ROW_BYTES)[3 * PAGE_BYTES : 5 * PAGE_BYTES]
+        assert source.row(key) == row_of(key, ROW_BYTES)
     source.close()
 
 
@@ -89,6 +90,8 @@ def test_truncated_file_names_file_expert_offset_and_sizes(tier, pack, kept):
         source.read_into(key, 0, new_buffer())
     for part in (str(pack), "layer 2 expert 7", f"offset {offset_of(key)}", f"{kept} of {ROW_BYTES} bytes"):
         assert part in str(raised.value)
+    with pytest.raises(TransferError, match=f"{kept} of {ROW_BYTES} bytes"):
+        source.row(key)
     source.close()
 
 

@@ -1,0 +1,401 @@
+/* Worker threads that move experts into slots without ever taking Python's interpreter lock.
+ *
+ * Python owns the memory of jobs and links and keeps a job's until it has settled; the layouts are mirrored in
+ * native.py. The pool's lock guards the queues and every job; `state` is written last, so that reading it needs no lock.
+ * Times are CLOCK_MONOTONIC seconds, which is what time.perf_counter() reads on Linux.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <time.h>
+#include <unistd.h>
+
+enum state { QUEUED, RUNNING, DONE, FAILED, CANCELLED };
+enum { READ_SHORT = -1, READ_RAISED = -2 }; /* error codes beside errno's: the file ended early; Python raised */
+#define PAGE_BYTES 4096
+#define SPIN_S 20e-6 /* about what a precise sleep overshoots */
+#define SLICE_S 0.05 /* how long a sleeper may take to notice that the link was cut */
+
+typedef struct job {
+    int64_t offset, n_bytes; /* of the expert's row in its backing tier */
+    char *slot;
+    int64_t moved_bytes;
+    double submitted_s, started_s, finished_s;
+    int32_t state, demand;
+    int32_t error;               /* 0, an errno, READ_SHORT or READ_RAISED */
+    int64_t error_start, n_read; /* of the chunk that failed: where it starts in the row, and what could be read */
+    /* the pool's own */
+    int64_t next_start; /* bytes handed out to threads so far */
+    int32_t n_running;  /* chunks under way */
+    int32_t stopping;   /* cancelled or failed: no further chunk is handed out */
+    struct job *queue_before, *queue_after, *before, *after;
+} job;
+
+_Static_assert(sizeof(job) == 136, "native.py mirrors the layout");
+
+typedef struct emulated_link { /* see link.py */
+    double bytes_per_s, latency_s;
+    double busy_until_s, lateness_s;
+    int64_t n_requests;
+    int32_t taken, cut;
+} emulated_link;
+
+/* Fill `into` with `n_bytes` of the row of `job` from byte `start` on: 0, or an error code with `*n_read` set. */
+typedef int32_t (*read_fn)(void *source, job *job, int64_t start, int64_t n_bytes, char *into, int64_t *n_read);
+typedef int32_t (*check_fn)(job *job); /* verify an arrived row: 0 or READ_RAISED */
+
+typedef struct queue {
+    job *first, *last;
+} queue;
+
+typedef struct pool {
+    pthread_mutex_t lock;
+    pthread_cond_t work; /* there may be a chunk to move */
+    pthread_cond_t news; /* a transfer settled */
+    queue prefetches, demands;
+    job *unsettled;
+    int64_t queued_bytes, chunk_bytes;
+    read_fn read;
+    void *source;
+    check_fn check; /* or NULL */
+    emulated_link *link; /* or NULL */
+    int32_t closed, n_threads;
+    pthread_t threads[];
+} pool;
+
+typedef struct chunk { /* a piece of a transfer, handed to one thread */
+    job *job;
+    int64_t start, end;
+    double due_s; /* when an emulated link delivers it; 0 without one */
+} chunk;
+
+/* ---- time and the emulated link ---- */
+
+static double now_s(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+static struct timespec at(double time_s) {
+    struct timespec t = {(time_t)time_s, 0};
+    t.tv_nsec = (long)((time_s - (double)t.tv_sec) * 1e9);
+    return t;
+}
+
+static void sleep_until(double deadline_s) {
+    static __thread int precise = 0;
+    if (!precise) /* Linux lets a thread's timers fire 50 us late to save wake-ups; ask for 1 ns instead */
+        precise = prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0) == 0;
+    struct timespec wake = at(deadline_s - SPIN_S);
+    if (deadline_s - now_s() > SPIN_S)
+        while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &wake, NULL) == EINTR) {
+        }
+    while (now_s() < deadline_s) {
+    }
+}
+
+double link_reserve(emulated_link *l, int64_t n_bytes, double ready_s) {
+    double begin_s = ready_s > l->busy_until_s ? ready_s : l->busy_until_s;
+    return l->busy_until_s = begin_s + l->latency_s + (double)n_bytes / l->bytes_per_s;
+}
+
+void link_deliver(emulated_link *l, double due_s) {
+    double t;
+    while (!__atomic_load_n(&l->cut, __ATOMIC_RELAXED) && (t = now_s()) < due_s)
+        sleep_until(due_s < t + SLICE_S ? due_s : t + SLICE_S);
+    l->n_requests++;
+    if ((t = now_s()) > due_s)
+        l->lateness_s += t - due_s;
+}
+
+/* ---- backing tiers ---- */
+
+typedef struct disk {
+    int32_t fd, direct;
+} disk;
+
+/* A read may stop early; only at the end of the file it returns nothing, or (direct) part of a page. */
+int32_t read_disk(void *source, job *j, int64_t start, int64_t n_bytes, char *into, int64_t *n_read) {
+    disk *d = source;
+    for (*n_read = 0; *n_read < n_bytes;) {
+        int at_end = d->direct && *n_read % PAGE_BYTES;
+        ssize_t n_more = at_end ? 0 : pread(d->fd, into + *n_read, n_bytes - *n_read, j->offset + start + *n_read);
+        if (n_more < 0 && errno == EINTR)
+            continue;
+        if (n_more < 0)
+            return errno;
+        if (n_more == 0)
+            return READ_SHORT;
+        *n_read += n_more;
+    }
+    return 0;
+}
+
+typedef struct memory {
+    char *bytes;
+    int64_t n_bytes;
+} memory;
+
+int32_t read_memory(void *source, job *j, int64_t start, int64_t n_bytes, char *into, int64_t *n_read) {
+    memory *m = source;
+    int64_t left = m->n_bytes - (j->offset + start);
+    *n_read = left < 0 ? 0 : left < n_bytes ? left : n_bytes;
+    if (*n_read < n_bytes)
+        return READ_SHORT;
+    memcpy(into, m->bytes + j->offset + start, n_bytes);
+    return 0;
+}
+
+/* ---- queues; the caller holds the lock ---- */
+
+static void enqueue(queue *q, job *j) {
+    j->queue_before = q->last;
+    j->queue_after = NULL;
+    *(q->last ? &q->last->queue_after : &q->first) = j;
+    q->last = j;
+}
+
+static void dequeue(queue *q, job *j) {
+    *(j->queue_before ? &j->queue_before->queue_after : &q->first) = j->queue_after;
+    *(j->queue_after ? &j->queue_after->queue_before : &q->last) = j->queue_before;
+}
+
+static queue *queue_of(pool *p, job *j) { return j->demand ? &p->demands : &p->prefetches; }
+
+static void settle_if_quiet(pool *p, job *j) {
+    if (j->n_running || j->next_start < j->n_bytes)
+        return;
+    *(j->before ? &j->before->after : &p->unsettled) = j->after;
+    if (j->after)
+        j->after->before = j->before;
+    j->finished_s = now_s();
+    int32_t state = j->error ? FAILED : j->stopping ? CANCELLED : DONE;
+    __atomic_store_n(&j->state, state, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&p->news);
+}
+
+/* Hand out no further chunk of `j`. */
+static void stop(pool *p, job *j) {
+    if (j->next_start < j->n_bytes) {
+        dequeue(queue_of(p, j), j);
+        p->queued_bytes -= j->n_bytes - j->next_start;
+        j->next_start = j->n_bytes;
+    }
+    j->stopping = 1;
+}
+
+/* The next chunk of the first transfer in `q`; no job also while the link is taken. */
+static chunk take(pool *p, queue *q) {
+    chunk c = {q->first, 0, 0, 0.0};
+    if (p->link && p->link->taken)
+        c.job = NULL;
+    if (!c.job)
+        return c;
+    job *j = c.job;
+    c.start = j->next_start;
+    c.end = j->n_bytes - c.start > p->chunk_bytes ? c.start + p->chunk_bytes : j->n_bytes;
+    if (p->link) {
+        p->link->taken = 1;
+        c.due_s = link_reserve(p->link, c.end - c.start, j->submitted_s);
+    }
+    j->next_start = c.end;
+    if (c.end == j->n_bytes)
+        dequeue(q, j);
+    j->n_running++;
+    if (c.start == 0) {
+        j->started_s = now_s();
+        __atomic_store_n(&j->state, RUNNING, __ATOMIC_RELEASE);
+    }
+    return c;
+}
+
+static void leave(pool *p, job *j, int32_t error) { /* a thread is done with its chunk of `j` */
+    j->n_running--;
+    if (error) {
+        if (!j->error)
+            j->error = error;
+        stop(p, j);
+    }
+    settle_if_quiet(p, j);
+}
+
+/* ---- moving; the caller does not hold the lock ---- */
+
+static void move(pool *p, chunk c) {
+    job *j = c.job;
+    int64_t n_bytes = c.end - c.start, n_read = 0;
+    int32_t error = p->read(p->source, j, c.start, n_bytes, j->slot + c.start, &n_read);
+    if (!error && p->link)
+        link_deliver(p->link, c.due_s);
+    pthread_mutex_lock(&p->lock);
+    p->queued_bytes -= n_bytes;
+    if (error && !j->error) {
+        j->error_start = c.start;
+        j->n_read = n_read;
+    }
+    if (!error)
+        j->moved_bytes += n_bytes;
+    if (p->link) {
+        p->link->taken = 0;
+        pthread_cond_signal(&p->work);
+    }
+    if (p->check && j->moved_bytes == j->n_bytes && !j->stopping) {
+        pthread_mutex_unlock(&p->lock); /* it still counts as running, so that its slot stays its own meanwhile */
+        error = p->check(j);
+        pthread_mutex_lock(&p->lock);
+    }
+    leave(p, j, error);
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* Whether a chunk taken now would be over by `deadline_s`; the caller holds the lock. */
+static int ends_by(pool *p, double deadline_s) {
+    if (!p->link)
+        return 1;
+    double begin_s = now_s() > p->link->busy_until_s ? now_s() : p->link->busy_until_s;
+    return begin_s + p->link->latency_s + (double)p->chunk_bytes / p->link->bytes_per_s < deadline_s;
+}
+
+static void *run(void *argument) {
+    pool *p = argument;
+    pthread_mutex_lock(&p->lock);
+    for (;;) {
+        chunk c = take(p, &p->demands);
+        if (!c.job)
+            c = take(p, &p->prefetches);
+        if (c.job) {
+            pthread_mutex_unlock(&p->lock);
+            move(p, c);
+            pthread_mutex_lock(&p->lock);
+        } else if (p->closed) {
+            break;
+        } else {
+            pthread_cond_wait(&p->work, &p->lock);
+        }
+    }
+    pthread_mutex_unlock(&p->lock);
+    return NULL;
+}
+
+/* ---- what Python calls ---- */
+
+pool *pool_open(read_fn read, void *source, check_fn check, emulated_link *l, int64_t chunk_bytes, int32_t n_threads) {
+    pool *p = calloc(1, sizeof(pool) + n_threads * sizeof(pthread_t));
+    if (!p)
+        return NULL;
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->work, &monotonic);
+    pthread_cond_init(&p->news, &monotonic);
+    p->read = read;
+    p->source = source;
+    p->check = check;
+    p->link = l;
+    p->chunk_bytes = chunk_bytes;
+    for (; p->n_threads < n_threads; p->n_threads++)
+        if (pthread_create(&p->threads[p->n_threads], NULL, run, p))
+            break;
+    return p;
+}
+
+int32_t pool_n_threads(pool *p) { return p->n_threads; }
+
+int64_t *pool_queued_bytes(pool *p) { return &p->queued_bytes; }
+
+void pool_submit(pool *p, job *j) {
+    j->submitted_s = now_s();
+    pthread_mutex_lock(&p->lock);
+    enqueue(queue_of(p, j), j);
+    j->before = NULL;
+    j->after = p->unsettled;
+    if (p->unsettled)
+        p->unsettled->before = j;
+    p->unsettled = j;
+    p->queued_bytes += j->n_bytes;
+    for (int64_t left = j->n_bytes; left > 0; left -= p->chunk_bytes)
+        pthread_cond_signal(&p->work);
+    pthread_mutex_unlock(&p->lock);
+}
+
+void pool_promote(pool *p, job *j) {
+    pthread_mutex_lock(&p->lock);
+    if (!j->demand && j->state < DONE) {
+        if (j->next_start < j->n_bytes) {
+            dequeue(&p->prefetches, j);
+            enqueue(&p->demands, j);
+        }
+        j->demand = 1;
+    }
+    pthread_mutex_unlock(&p->lock);
+}
+
+void pool_cancel(pool *p, job *j) {
+    pthread_mutex_lock(&p->lock);
+    if (j->state < DONE) {
+        stop(p, j);
+        settle_if_quiet(p, j);
+    }
+    pthread_mutex_unlock(&p->lock);
+}
+
+static int any_settled(job **jobs, int64_t n_jobs) {
+    for (int64_t i = 0; i < n_jobs; i++)
+        if (__atomic_load_n(&jobs[i]->state, __ATOMIC_ACQUIRE) >= DONE)
+            return 1;
+    return 0;
+}
+
+/* Until one of `jobs` has settled, at most for `patience_s`: move demand chunks, as long as no slow link would hold up
+ * the caller for longer than that, else wait. Returns whether one has settled. */
+int32_t pool_wait_any(pool *p, job **jobs, int64_t n_jobs, double patience_s) {
+    double deadline_s = now_s() + patience_s;
+    struct timespec deadline = at(deadline_s);
+    int32_t settled, late = 0;
+    pthread_mutex_lock(&p->lock);
+    while (!(settled = any_settled(jobs, n_jobs)) && !late) {
+        chunk c = {NULL, 0, 0, 0.0};
+        if (ends_by(p, deadline_s))
+            c = take(p, &p->demands);
+        if (c.job) {
+            pthread_mutex_unlock(&p->lock);
+            move(p, c);
+            pthread_mutex_lock(&p->lock);
+            late = now_s() > deadline_s;
+        } else {
+            late = pthread_cond_timedwait(&p->news, &p->lock, &deadline) == ETIMEDOUT;
+        }
+    }
+    pthread_mutex_unlock(&p->lock);
+    return settled;
+}
+
+/* Cancel everything and end all threads. Waiting on a closed pool returns at once: everything has settled. */
+void pool_close(pool *p) {
+    pthread_mutex_lock(&p->lock);
+    p->closed = 1;
+    for (job *j = p->unsettled, *after; j; j = after) {
+        after = j->after;
+        stop(p, j);
+        settle_if_quiet(p, j);
+    }
+    if (p->link)
+        __atomic_store_n(&p->link->cut, 1, __ATOMIC_RELAXED);
+    pthread_cond_broadcast(&p->work);
+    pthread_mutex_unlock(&p->lock);
+    for (; p->n_threads; p->n_threads--)
+        pthread_join(p->threads[p->n_threads - 1], NULL);
+}
+
+void pool_free(pool *p) { /* once closed */
+    pthread_mutex_destroy(&p->lock);
+    pthread_cond_destroy(&p->work);
+    pthread_cond_destroy(&p->news);
+    free(p);
+}
