@@ -75,7 +75,7 @@ def model_view(model: PreTrainedModel, family: Family, geometry: MoEGeometry) ->
         geometry.top_k,
         geometry.expert.hidden,
         [_logits_of(router) for router in routers],
-        pre_moe_norms(model, family),
+        [norm.forward for norm in pre_moe_norms(model, family)],  # not called as modules: that would fire our own hooks
     )
 
 

@@ -233,6 +233,6 @@ def _check_prediction(prediction: Prediction, n_tokens: int, geometry: MoEGeomet
         raise ValueError(f"predicted layer {prediction.layer} of {geometry.n_layers}")
     if scores.shape not in ((n_tokens, geometry.n_experts), (1, geometry.n_experts)):
         raise ValueError(f"scores of shape {tuple(scores.shape)}, expected ({n_tokens} or 1, {geometry.n_experts})")
-    peak = float(scores.max())
-    if peak != peak or torch.isnan(scores).any():
+    peak = float(scores.max())  # NaN if any score is
+    if peak != peak:
         raise ValueError("scores hold NaN")

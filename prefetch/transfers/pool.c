@@ -7,6 +7,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,6 +19,7 @@ enum state { QUEUED, RUNNING, DONE, FAILED, CANCELLED };
 enum { READ_SHORT = -1, READ_RAISED = -2 }; /* error codes beside errno's: the file ended early; Python raised */
 #define PAGE_BYTES 4096
 #define SPIN_S 20e-6 /* about what a precise sleep overshoots */
+#define WATCH_S 1e-3 /* more than a layer's time: how long one worker looks out for work before it sleeps */
 #define SLICE_S 0.05 /* how long a sleeper may take to notice that the link was cut */
 
 typedef struct job {
@@ -63,7 +65,12 @@ typedef struct pool {
     void *source;
     check_fn check; /* or NULL */
     emulated_link *link; /* or NULL */
-    int32_t closed, n_threads;
+    int32_t closed;
+    int32_t n_idle, n_woken; /* workers that sleep, and wake-ups on their way to them */
+    int32_t watching;        /* a worker looks out for work without sleeping */
+    int32_t watch_due;       /* the one who did has found some; another should */
+    int32_t news_due;        /* something settled that waiting threads do not know of yet */
+    int32_t n_threads;
     pthread_t threads[];
 } pool;
 
@@ -151,6 +158,45 @@ int32_t read_memory(void *source, job *j, int64_t start, int64_t n_bytes, char *
     return 0;
 }
 
+/* ---- the lock ---- */
+
+static void lock(pool *p) { pthread_mutex_lock(&p->lock); }
+
+/* Unlock, then wake whom it concerns: a thread woken earlier would only run into the lock. Of the idle workers one at a time
+ * is woken, and wakes the next: a wake-up costs the waker some 7 us, which the compute thread, while it is busy with layers, should
+ * not have to pay. */
+static void unlock(pool *p) {
+    int news = p->news_due, takeable = !(p->link && p->link->taken) && (p->demands.first || p->prefetches.first);
+    int work = p->n_idle && !p->n_woken && (p->closed || (!p->watching && (takeable || p->watch_due)));
+    p->news_due = p->watch_due = 0;
+    p->n_woken += work;
+    pthread_mutex_unlock(&p->lock);
+    if (news)
+        pthread_cond_broadcast(&p->news);
+    if (work)
+        pthread_cond_signal(&p->work);
+}
+
+static void sleep_until_work(pool *p) {
+    p->n_idle++;
+    pthread_cond_wait(&p->work, &p->lock);
+    p->n_idle--;
+    if (p->n_woken)
+        p->n_woken--;
+}
+
+/* Give up the lock and look out for work for a while, politely: whoever else wants this core gets it. */
+static void watch(pool *p) {
+    double end_s = now_s() + WATCH_S;
+    p->watching = 1;
+    unlock(p);
+    while (!__atomic_load_n(&p->demands.first, __ATOMIC_RELAXED) && !__atomic_load_n(&p->prefetches.first, __ATOMIC_RELAXED) &&
+           !__atomic_load_n(&p->closed, __ATOMIC_RELAXED) && now_s() < end_s)
+        sched_yield();
+    lock(p);
+    p->watching = 0;
+}
+
 /* ---- queues; the caller holds the lock ---- */
 
 static void enqueue(queue *q, job *j) {
@@ -176,7 +222,7 @@ static void settle_if_quiet(pool *p, job *j) {
     j->finished_s = now_s();
     int32_t state = j->error ? FAILED : j->stopping ? CANCELLED : DONE;
     __atomic_store_n(&j->state, state, __ATOMIC_RELEASE);
-    pthread_cond_broadcast(&p->news);
+    p->news_due = 1;
 }
 
 /* Hand out no further chunk of `j`. */
@@ -214,6 +260,11 @@ static chunk take(pool *p, queue *q) {
     return c;
 }
 
+static chunk take_any(pool *p) {
+    chunk c = take(p, &p->demands);
+    return c.job ? c : take(p, &p->prefetches);
+}
+
 static void leave(pool *p, job *j, int32_t error) { /* a thread is done with its chunk of `j` */
     j->n_running--;
     if (error) {
@@ -232,7 +283,7 @@ static void move(pool *p, chunk c) {
     int32_t error = p->read(p->source, j, c.start, n_bytes, j->slot + c.start, &n_read);
     if (!error && p->link)
         link_deliver(p->link, c.due_s);
-    pthread_mutex_lock(&p->lock);
+    lock(p);
     p->queued_bytes -= n_bytes;
     if (error && !j->error) {
         j->error_start = c.start;
@@ -240,17 +291,15 @@ static void move(pool *p, chunk c) {
     }
     if (!error)
         j->moved_bytes += n_bytes;
-    if (p->link) {
+    if (p->link)
         p->link->taken = 0;
-        pthread_cond_signal(&p->work);
-    }
     if (p->check && j->moved_bytes == j->n_bytes && !j->stopping) {
-        pthread_mutex_unlock(&p->lock); /* it still counts as running, so that its slot stays its own meanwhile */
+        unlock(p); /* it still counts as running, so that its slot stays its own meanwhile */
         error = p->check(j);
-        pthread_mutex_lock(&p->lock);
+        lock(p);
     }
     leave(p, j, error);
-    pthread_mutex_unlock(&p->lock);
+    unlock(p);
 }
 
 /* Whether a chunk taken now would be over by `deadline_s`; the caller holds the lock. */
@@ -263,22 +312,25 @@ static int ends_by(pool *p, double deadline_s) {
 
 static void *run(void *argument) {
     pool *p = argument;
-    pthread_mutex_lock(&p->lock);
+    lock(p);
     for (;;) {
-        chunk c = take(p, &p->demands);
-        if (!c.job)
-            c = take(p, &p->prefetches);
+        chunk c = take_any(p);
+        if (!c.job && !p->watching) {
+            watch(p);
+            c = take_any(p);
+        }
         if (c.job) {
-            pthread_mutex_unlock(&p->lock);
+            p->watch_due = 1;
+            unlock(p);
             move(p, c);
-            pthread_mutex_lock(&p->lock);
+            lock(p);
         } else if (p->closed) {
             break;
         } else {
-            pthread_cond_wait(&p->work, &p->lock);
+            sleep_until_work(p);
         }
     }
-    pthread_mutex_unlock(&p->lock);
+    unlock(p);
     return NULL;
 }
 
@@ -311,7 +363,7 @@ int64_t *pool_queued_bytes(pool *p) { return &p->queued_bytes; }
 
 void pool_submit(pool *p, job *j) {
     j->submitted_s = now_s();
-    pthread_mutex_lock(&p->lock);
+    lock(p);
     enqueue(queue_of(p, j), j);
     j->before = NULL;
     j->after = p->unsettled;
@@ -319,13 +371,11 @@ void pool_submit(pool *p, job *j) {
         p->unsettled->before = j;
     p->unsettled = j;
     p->queued_bytes += j->n_bytes;
-    for (int64_t left = j->n_bytes; left > 0; left -= p->chunk_bytes)
-        pthread_cond_signal(&p->work);
-    pthread_mutex_unlock(&p->lock);
+    unlock(p);
 }
 
 void pool_promote(pool *p, job *j) {
-    pthread_mutex_lock(&p->lock);
+    lock(p);
     if (!j->demand && j->state < DONE) {
         if (j->next_start < j->n_bytes) {
             dequeue(&p->prefetches, j);
@@ -333,16 +383,16 @@ void pool_promote(pool *p, job *j) {
         }
         j->demand = 1;
     }
-    pthread_mutex_unlock(&p->lock);
+    unlock(p);
 }
 
 void pool_cancel(pool *p, job *j) {
-    pthread_mutex_lock(&p->lock);
+    lock(p);
     if (j->state < DONE) {
         stop(p, j);
         settle_if_quiet(p, j);
     }
-    pthread_mutex_unlock(&p->lock);
+    unlock(p);
 }
 
 static int any_settled(job **jobs, int64_t n_jobs) {
@@ -358,27 +408,27 @@ int32_t pool_wait_any(pool *p, job **jobs, int64_t n_jobs, double patience_s) {
     double deadline_s = now_s() + patience_s;
     struct timespec deadline = at(deadline_s);
     int32_t settled, late = 0;
-    pthread_mutex_lock(&p->lock);
+    lock(p);
     while (!(settled = any_settled(jobs, n_jobs)) && !late) {
         chunk c = {NULL, 0, 0, 0.0};
         if (ends_by(p, deadline_s))
             c = take(p, &p->demands);
         if (c.job) {
-            pthread_mutex_unlock(&p->lock);
+            unlock(p);
             move(p, c);
-            pthread_mutex_lock(&p->lock);
+            lock(p);
             late = now_s() > deadline_s;
         } else {
             late = pthread_cond_timedwait(&p->news, &p->lock, &deadline) == ETIMEDOUT;
         }
     }
-    pthread_mutex_unlock(&p->lock);
+    unlock(p);
     return settled;
 }
 
 /* Cancel everything and end all threads. Waiting on a closed pool returns at once: everything has settled. */
 void pool_close(pool *p) {
-    pthread_mutex_lock(&p->lock);
+    lock(p);
     p->closed = 1;
     for (job *j = p->unsettled, *after; j; j = after) {
         after = j->after;
@@ -387,8 +437,7 @@ void pool_close(pool *p) {
     }
     if (p->link)
         __atomic_store_n(&p->link->cut, 1, __ATOMIC_RELAXED);
-    pthread_cond_broadcast(&p->work);
-    pthread_mutex_unlock(&p->lock);
+    unlock(p);
     for (; p->n_threads; p->n_threads--)
         pthread_join(p->threads[p->n_threads - 1], NULL);
 }

@@ -95,6 +95,7 @@ class ThreadTransfers(Transfers):
             raise ConfigError(f"tier.chunk_bytes is {chunk_bytes}; a multiple of {PAGE_BYTES} is right")
         self._source, self._slot_buffer, self._link, self._check = source, slot_buffer, link, check
         self._under_way: dict[int, Job] = {}  # by address; keeps native memory alive until its job has settled
+        self._slot_addresses: dict[int, int] = {}
         self._raised: dict[int, BaseException] = {}  # by `check`, by address
         self._interrupt: BaseException | None = None
         self._check_callback = CheckFunction(self._check_row) if check is not None else None
@@ -114,8 +115,10 @@ class ThreadTransfers(Transfers):
     def submit(self, key: ExpertKey, slot: int, *, demand: bool) -> Transfer:
         if self._closed:
             raise TransferError(f"layer {key[0]} expert {key[1]} cannot be moved: the transfers are closed")
-        offset, address = self._source.offset_of(key), address_of(self._slot_buffer(slot))
-        job = Job(key, slot, NativeJob(offset, self._source.row_bytes, address, demand=demand), self)
+        address = self._slot_addresses.get(slot)
+        if address is None:
+            address = self._slot_addresses[slot] = address_of(self._slot_buffer(slot))
+        job = Job(key, slot, NativeJob(self._source.offset_of(key), self._source.row_bytes, address, demand=demand), self)
         self._forget_settled()
         self._under_way[job.address] = job
         self._lib.pool_submit(self._pool, job.address)
