@@ -10,12 +10,15 @@ transfers against the disk's own rate, and the runtime's overhead per layer call
 from __future__ import annotations
 
 import cProfile
+import os
 import pstats
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,6 +36,7 @@ from experiments.generation import divergences, greedy
 from experiments.link_rate import measured_bytes_per_s
 from experiments.provenance import provenance
 from experiments.workload import Batch, load_batches
+from prefetch.accounting import summarise
 from prefetch.geometry import ExpertKey
 from prefetch.model import attach, load_offloaded, quiet_transformers
 from prefetch.slots import SlotPool
@@ -40,6 +44,7 @@ from prefetch.store import ExpertStore
 from prefetch.transfers.threads import ThreadTransfers
 
 REPEATS = 7
+OVERLAP_REPEATS = 5
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")  # transformers' own, of which the fastest counts
 console = Console(stderr=True)
 
@@ -71,6 +76,7 @@ def bench(cfg: DictConfig, folder: Path) -> None:
         "resident_speed": lambda: resident_speed(model_folder, arms["resident"], batches[0]),
         "accelerate_disk_offload": lambda: against_accelerate(model_folder, arms["gate_reuse"], batches[0]),
         "transfers": lambda: transfer_rate(arms["gate_reuse"], _store(model_folder, torch.float32, cfg)),
+        "overlap": lambda: overlap(model_folder, arms["oracle"], arms["resident"], batches[:4], cfg.workload.new_tokens),
         "overhead": lambda: overhead(model_folder, arms["resident"], batches[0]),
     }
     found: dict[str, Any] = {"provenance": provenance(cfg.seed, _store(model_folder, torch.float32, cfg).path)}
@@ -112,12 +118,31 @@ def resident_speed(folder: Path, arm: DictConfig, batch: Batch) -> dict[str, Any
 
 
 def against_accelerate(folder: Path, arm: DictConfig, batch: Batch) -> dict[str, Any]:
-    """What a user would do today: the same model with its experts offloaded to disk by accelerate, interleaved with ours."""
+    """What a user would do today: the same model with its experts offloaded to disk by accelerate, interleaved with ours.
+
+    accelerate maps its files, so that in a model this small they stay in the page cache and it reads RAM, not a disk. A model
+    that needs offloading does not fit there: the second measurement has the system drop the files' pages before every token.
+    gatecast reads past the page cache in both.
+    """
     model, store = load_offloaded(folder, torch.float32), _store(folder, torch.float32, arm)
-    with tempfile.TemporaryDirectory() as offload_folder, runtime(arm, store, None) as served, attach(model, served):
-        tpot_s = _interleaved({"gatecast": model, "accelerate": _offloaded_by_accelerate(folder, offload_folder)}, batch, 3, 24)
-    ratios = [theirs / ours for ours, theirs in zip(tpot_s["gatecast"], tpot_s["accelerate"], strict=True)]
-    return {"tpot_s": tpot_s, "speed_up_median": statistics.median(ratios), "speed_ups": ratios}
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=store.path.parent) as offload_folder, runtime(arm, store, None) as served:
+        theirs = _offloaded_by_accelerate(folder, offload_folder)
+        files = list(Path(offload_folder).glob("*.dat"))
+        with attach(model, served):
+            for name, before_step in (("page_cache", None), ("from_disk", partial(_drop_pages, files))):
+                tpot_s = _interleaved({"gatecast": model, "accelerate": theirs}, batch, 3, 24, {"accelerate": before_step})
+                ratios = [slow / ours for ours, slow in zip(tpot_s["gatecast"], tpot_s["accelerate"], strict=True)]
+                found[name] = {"tpot_s": tpot_s, "speed_up_median": statistics.median(ratios), "speed_ups": ratios}
+    return found
+
+
+def _drop_pages(files: list[Path]) -> None:
+    """Let the page cache forget these files, which must have been written back."""
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def transfer_rate(arm: DictConfig, store: ExpertStore) -> dict[str, Any]:
@@ -132,11 +157,7 @@ def transfer_rate(arm: DictConfig, store: ExpertStore) -> dict[str, Any]:
         for _ in range(REPEATS):
             bare.append(measured_bytes_per_s(source, store.geometry, arm.tier.n_threads))
             started = time.perf_counter()
-            for first in range(0, len(keys), n_slots):
-                moving = [transfers.submit(key, slot, demand=False) for slot, key in enumerate(keys[first : first + n_slots])]
-                while moving:
-                    transfers.wait_any(moving)
-                    moving = [transfer for transfer in moving if not transfer.settled]
+            _move_all(transfers, keys, n_slots)
             queued.append(len(keys) * store.row_bytes / (time.perf_counter() - started))
     finally:
         transfers.close()
@@ -146,6 +167,37 @@ def transfer_rate(arm: DictConfig, store: ExpertStore) -> dict[str, Any]:
         "transfers_bytes_per_s": queued,
         "share_median": statistics.median(shares),
         "shares": shares,
+    }
+
+
+def _move_all(transfers: ThreadTransfers, keys: list[ExpertKey], n_slots: int) -> None:
+    """Every slot is given its next expert as soon as one has arrived in it."""
+    coming = iter(keys)
+    moving = [transfers.submit(key, slot, demand=False) for slot, key in zip(range(n_slots), coming, strict=False)]
+    while moving:
+        settled = transfers.wait_any(moving)
+        moving = [transfer for transfer in moving if transfer not in settled]
+        moving += [transfers.submit(key, t.slot, demand=False) for t, key in zip(settled, coming, strict=False)]
+
+
+def overlap(folder: Path, oracle: DictConfig, resident: DictConfig, batches: list[Batch], new_tokens: int) -> dict[str, Any]:
+    """How much of the transfers a perfect predictor hides: decode time against the longer of computing and moving.
+
+    Computing is measured in two ways: in the same run, as all but its stall; and with everything resident, which is stricter:
+    there nothing is predicted, and no transfer disturbs the processor.
+    """
+    model, store = load_offloaded(folder, torch.float32), _store(folder, torch.float32, oracle)
+    first = run_arm(resident, model, store, batches, new_tokens, None, {})
+    rows = []
+    for _ in range(OVERLAP_REPEATS):
+        alone = summarise(run_arm(resident, model, store, batches, new_tokens, None, {}).record)
+        found = summarise(run_arm(oracle, model, store, batches, new_tokens, first.trace, {}).record)
+        wall_s, alone_s = (part["wall_s"] / part["n_tokens"] for part in (found, alone))
+        moving_s, own_s = wall_s * found["transfer_share"], wall_s * (1 - found["stall_share"])
+        row = {"oracle_s": wall_s, "resident_s": alone_s, "moving_s": moving_s, "own_compute_s": own_s}
+        rows.append(row | {"to_own": wall_s / max(own_s, moving_s), "to_resident": wall_s / max(alone_s, moving_s)})
+    return {"per_token": rows} | {
+        f"{name}_median": statistics.median(r[name] for r in rows) for name in ("to_own", "to_resident")
     }
 
 
@@ -174,22 +226,30 @@ def overhead(folder: Path, arm: DictConfig, batch: Batch) -> dict[str, Any]:
 
 
 def _interleaved(
-    models: dict[str, PreTrainedModel], batch: Batch, repeats: int = REPEATS, new_tokens: int = 64
+    models: dict[str, PreTrainedModel],
+    batch: Batch,
+    repeats: int = REPEATS,
+    new_tokens: int = 64,
+    before_step: Mapping[str, Callable[[], None] | None] = MappingProxyType({}),
 ) -> dict[str, list[float]]:
-    """Median seconds per decode step of each model, once per repeat, the models taking turns."""
+    """Median seconds per decode step of each model, once per repeat, the models taking turns; `before_step` is not timed."""
     found: dict[str, list[float]] = {name: [] for name in models}
     for repeat in range(-1, repeats):  # the first turn warms up
         for name, model in models.items():
-            tpot_s = statistics.median(_decode_steps_s(model, batch, new_tokens))
+            tpot_s = statistics.median(_decode_steps_s(model, batch, new_tokens, before_step.get(name)))
             if repeat >= 0:
                 found[name].append(tpot_s)
     return found
 
 
 @torch.inference_mode()
-def _decode_steps_s(model: PreTrainedModel, batch: Batch, new_tokens: int) -> list[float]:
+def _decode_steps_s(
+    model: PreTrainedModel, batch: Batch, new_tokens: int, before_step: Callable[[], None] | None
+) -> list[float]:
     cache, token_ids, steps_s = DynamicCache(config=model.config), batch.token_ids, []
     for _ in range(new_tokens):
+        if before_step is not None:
+            before_step()
         started = time.perf_counter()
         logits = model(input_ids=token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         token_ids = logits[:, -1].argmax(-1, keepdim=True)

@@ -6,21 +6,25 @@ anybody's code, and are checked against its signature.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import hydra.errors
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
+from pydantic import TypeAdapter, ValidationError
 
 from prefetch.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[1]
 CACHE_COMMON = ("slots", "staging", "transient", "scope", "prefetch_admission")  # keys of `cache` that are not the policy's
+LONGEST_NAME = 200  # bytes of a folder's name
+PLAIN_TYPES = (bool, int, float, str, type(None))
 CHOICES = {
     "model.dtype": ("float32", "float16", "bfloat16"),
     "tier.kind": ("disk", "host"),
@@ -95,8 +99,18 @@ class DecodeConfig:
 
 
 def register() -> None:
-    """Make the typed schema known to Hydra."""
+    """Make the typed schema known to Hydra, and how a sweep names its jobs' folders."""
     ConfigStore.instance().store(name="decode_schema", node=DecodeConfig)
+    OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+
+
+def folder_name(overrides: str) -> str:
+    """The overrides of a sweep's job as one folder's name, which file systems limit to 255 bytes."""
+    name = overrides.replace("/", "|") or "no overrides"
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return name.encode()[:LONGEST_NAME].decode(errors="ignore") + "..." + digest
 
 
 def validate(cfg: DictConfig) -> None:
@@ -158,17 +172,35 @@ def repository_path(path: str) -> Path:
 
 
 def _check_knobs(group: str, node: Any, given: tuple[str, ...] = (), common: tuple[str, ...] = ()) -> None:
-    """Every key is an argument of the plug-in's class."""
+    """Every key is an argument of the plug-in's class, and every plain value is of the type that the class declares."""
     target = node.get("_target_") if isinstance(node, DictConfig) else None
     if not target:
         raise ConfigError(f"{group} has no _target_: name the class to use, e.g. through {group}=NAME")
     try:
-        known = inspect.signature(get_class(target)).parameters
-    except (hydra.errors.HydraException, ImportError, ValueError) as error:
+        known = inspect.signature(get_class(target), eval_str=True).parameters
+    except (hydra.errors.HydraException, ImportError, ValueError, NameError) as error:
         raise ConfigError(f"{group}._target_={target} cannot be imported: {str(error).splitlines()[0]}") from error
-    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
-        return
-    for key in node:
-        if key not in known and key not in common and not str(key).startswith("_"):
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    for key, value in node.items():
+        if key in common or str(key).startswith("_"):
+            continue
+        if key in known:
+            _check_value(f"{group}.{key}", value, known[str(key)].annotation)
+        elif not takes_any:
             options = ", ".join([*common, *(name for name in known if name not in given)]) or "none"
             raise ConfigError(f"{group}.{key} is not an option of {target}; its options are: {options}")
+
+
+def _check_value(option: str, value: Any, declared: Any) -> None:
+    """A nested plug-in is checked like any other; what a class does not declare, or declares as its own kind, it checks."""
+    if isinstance(value, DictConfig) and "_target_" in value:
+        _check_knobs(option, value)
+        return
+    parts = get_args(declared) or (declared,)
+    if not all(part in PLAIN_TYPES for part in parts):
+        return
+    try:
+        TypeAdapter(declared).validate_python(OmegaConf.to_object(value) if OmegaConf.is_config(value) else value, strict=True)
+    except ValidationError as error:
+        names = " or ".join("null" if part is type(None) else part.__name__ for part in parts)
+        raise ConfigError(f"{option}={value}: it must be of type {names}") from error

@@ -12,18 +12,20 @@ from prefetch.memory import allocate_pages
 from prefetch.transfers.sources import Source
 
 N_READS = 256
+N_BUFFERS = 64
 
 
 def measured_bytes_per_s(source: Source, geometry: MoEGeometry, n_threads: int, n_reads: int = N_READS) -> float:
-    """Bytes per second of `n_reads` random expert rows read by `n_threads` threads, each into its own buffer."""
+    """Bytes per second of `n_reads` random expert rows, read by `n_threads` threads into memory like that of the slots."""
     row_bytes = geometry.expert.row_bytes
-    buffers = [memoryview(allocate_pages(row_bytes, "measuring the link")) for _ in range(n_threads)]
+    whole = memoryview(allocate_pages(N_BUFFERS * row_bytes, "measuring the link"))
+    buffers = [whole[first : first + row_bytes] for first in range(0, len(whole), row_bytes)]
     flat = np.random.default_rng(0).integers(geometry.n_total, size=n_reads)
     keys = [ExpertKey(*divmod(int(i), geometry.n_experts)) for i in flat]
 
     def read_share(thread: int) -> None:
-        for key in keys[thread::n_threads]:
-            source.read_into(key, 0, buffers[thread])
+        for i in range(thread, n_reads, n_threads):
+            source.read_into(keys[i], 0, buffers[i % N_BUFFERS])
 
     with ThreadPoolExecutor(n_threads) as pool:
         list(pool.map(read_share, range(n_threads)))  # once to warm up: first touch of the buffers

@@ -160,6 +160,7 @@ def _phase(record: RunRecord, phase: str, link_bytes_per_s: float | None) -> dic
         "miss_rate": _share(calls["misses"].sum(), needed),
         "cpu_rate": _share(calls["cpu_computed"].sum(), needed),
         **{f"{outcome}_bytes_per_token": _share(n, n_tokens) for outcome, n in n_bytes.items()},
+        "transfer_share": _share(_covered_s(transfers), wall_s),
         "link_utilisation": _share(sum(n_bytes.values()), wall_s * (link_bytes_per_s or 0)),
     }
 
@@ -173,6 +174,16 @@ def _wall_s(forwards: pd.DataFrame, phase: str) -> float:
 def _bytes_by_outcome(transfers: pd.DataFrame) -> dict[str, int]:
     moved = transfers.groupby("outcome")["moved_bytes"].sum()
     return {outcome: int(moved.get(outcome, 0)) for outcome in OUTCOMES}
+
+
+def _covered_s(transfers: pd.DataFrame) -> float:
+    """Seconds during which at least one transfer was under way: the length of the union of their intervals."""
+    begun = transfers[transfers["moved_bytes"] > 0].sort_values("started_s")
+    start_s, end_s = begun["started_s"].to_numpy(dtype=float), begun["finished_s"].cummax().to_numpy(dtype=float)
+    if not len(begun):
+        return 0.0
+    gaps_s = np.maximum(0.0, start_s[1:] - end_s[:-1])
+    return float(end_s[-1] - start_s[0] - gaps_s.sum())
 
 
 def _arrived_in_time(transfers: pd.DataFrame) -> pd.Series:

@@ -47,3 +47,7 @@ class TokenMismatchError(GatecastError):
 
 class ResultsError(GatecastError):
     """A result folder is missing, damaged, or was not written by an experiment of this project."""
+
+
+class KernelInputError(GatecastError):
+    """A kernel's launcher was given tensors or sizes it cannot run on, or the machine or its Triton cannot run it."""

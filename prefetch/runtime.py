@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from kernels.expert_mlp import expert_mlp, weighted_sum

@@ -73,15 +73,14 @@ def library() -> ctypes.CDLL:
         ("link_deliver", None, c_void_p, c_double),
         ("read_disk", c_int32, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
         ("read_memory", c_int32, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
-        ("pool_open", c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int32),
-        ("pool_n_threads", c_int32, c_void_p),
+        ("pool_bytes", c_int64, c_int32),
+        ("pool_open", c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int32),
         ("pool_queued_bytes", c_void_p, c_void_p),
         ("pool_submit", None, c_void_p, c_void_p),
         ("pool_promote", None, c_void_p, c_void_p),
         ("pool_cancel", None, c_void_p, c_void_p),
         ("pool_wait_any", c_int32, c_void_p, c_void_p, c_int64, c_double),
         ("pool_close", None, c_void_p),
-        ("pool_free", None, c_void_p),
     ):
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments

@@ -1,7 +1,6 @@
 /* Worker threads that move experts into slots without ever taking Python's interpreter lock.
  *
- * Python owns the memory of jobs and links and keeps a job's until it has settled; the layouts are mirrored in
- * native.py. The pool's lock guards the queues and every job; `state` is written last, so that reading it needs no lock.
+ * Python owns all memory, and keeps a job's until it has settled; layouts are mirrored in native.py. The pool's lock guards the queues and every job; `state` is written last, so that reading it needs no lock.
  * Times are CLOCK_MONOTONIC seconds, which is what time.perf_counter() reads on Linux.
  */
 #define _GNU_SOURCE
@@ -9,7 +8,6 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
 #include <time.h>
@@ -336,10 +334,11 @@ static void *run(void *argument) {
 
 /* ---- what Python calls ---- */
 
-pool *pool_open(read_fn read, void *source, check_fn check, emulated_link *l, int64_t chunk_bytes, int32_t n_threads) {
-    pool *p = calloc(1, sizeof(pool) + n_threads * sizeof(pthread_t));
-    if (!p)
-        return NULL;
+int64_t pool_bytes(int32_t n_threads) { return sizeof(pool) + n_threads * sizeof(pthread_t); }
+
+/* Start a pool in `p`, `pool_bytes` zero bytes that must stay where they are until it is closed and nobody waits any more.
+ * Returns the number of threads that could be started. */
+int32_t pool_open(pool *p, read_fn read, void *source, check_fn check, emulated_link *l, int64_t chunk_bytes, int32_t n_threads) {
     pthread_condattr_t monotonic;
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
@@ -354,10 +353,8 @@ pool *pool_open(read_fn read, void *source, check_fn check, emulated_link *l, in
     for (; p->n_threads < n_threads; p->n_threads++)
         if (pthread_create(&p->threads[p->n_threads], NULL, run, p))
             break;
-    return p;
+    return p->n_threads;
 }
-
-int32_t pool_n_threads(pool *p) { return p->n_threads; }
 
 int64_t *pool_queued_bytes(pool *p) { return &p->queued_bytes; }
 
@@ -440,11 +437,4 @@ void pool_close(pool *p) {
     unlock(p);
     for (; p->n_threads; p->n_threads--)
         pthread_join(p->threads[p->n_threads - 1], NULL);
-}
-
-void pool_free(pool *p) { /* once closed */
-    pthread_mutex_destroy(&p->lock);
-    pthread_cond_destroy(&p->work);
-    pthread_cond_destroy(&p->news);
-    free(p);
 }

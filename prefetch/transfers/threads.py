@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
-import weakref
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -103,13 +103,14 @@ class ThreadTransfers(Transfers):
         self._lib = library()
         link_address = None if link is None else ctypes.addressof(link)
         context = ctypes.addressof(source.context)
-        self._pool = self._lib.pool_open(source.reader, context, self._check_callback, link_address, chunk_bytes, n_threads)
-        if self._pool is None:
-            raise CapacityError("no memory for the transfer threads")
-        weakref.finalize(self, _end, self._pool)  # also at the process's end, where threads may still be moving
-        if self._lib.pool_n_threads(self._pool) < n_threads:
+        self._memory = ctypes.create_string_buffer(self._lib.pool_bytes(n_threads))
+        self._pool = ctypes.addressof(self._memory)
+        _open.add(self)
+        reader, check_row = source.reader, self._check_callback
+        n_started = self._lib.pool_open(self._pool, reader, context, check_row, link_address, chunk_bytes, n_threads)
+        if n_started < n_threads:
             self.close()
-            raise CapacityError(f"the system does not start {n_threads} threads; lower tier.n_threads")
+            raise CapacityError(f"the system starts {n_started} of {n_threads} threads; lower tier.n_threads")
         self._queued_bytes = ctypes.c_int64.from_address(self._lib.pool_queued_bytes(self._pool))
 
     def submit(self, key: ExpertKey, slot: int, *, demand: bool) -> Transfer:
@@ -148,6 +149,7 @@ class ThreadTransfers(Transfers):
         self._closed = True
         self._lib.pool_close(self._pool)
         self._source.close()
+        _open.discard(self)
 
     def _forget_settled(self) -> None:
         while self._under_way:
@@ -181,6 +183,11 @@ class ThreadTransfers(Transfers):
         return 0
 
 
-def _end(pool: int) -> None:
-    library().pool_close(pool)
-    library().pool_free(pool)
+_open: set[ThreadTransfers] = set()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Threads must not outlive the memory they work in. (A finalizer would do, but swallows a Ctrl-C that comes meanwhile.)"""
+    for transfers in list(_open):
+        transfers.close()

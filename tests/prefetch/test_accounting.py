@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from prefetch.accounting import TIME_PARTS, decode_step_s, summarise, violations
 from prefetch.recorder import RunRecord
@@ -134,3 +137,20 @@ def test_a_run_without_transfers_is_a_run() -> None:
     assert violations(record) == []
     assert summarise(record)["hit_rate"] == 1.0
     assert summarise(record)["demand_bytes_per_token"] == 0.0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9), st.booleans()), max_size=12))
+def test_the_time_with_a_transfer_under_way_counts_no_moment_twice(intervals: list[tuple[int, int, bool]]) -> None:
+    """Against a count of whole milliseconds; a transfer that moved nothing was never under way."""
+    record = make_record()
+    forwards = record.forwards[record.forwards["phase"] == "decode"].tail(1)
+    template = record.transfers.iloc[[0]].assign(step=1, lookahead=0)
+    rows = [
+        template.assign(started_s=start / 1000, finished_s=(start + length) / 1000, moved_bytes=100 if moved else 0)
+        for start, length, moved in intervals
+    ]
+    transfers = pd.concat(rows) if rows else record.transfers.iloc[:0]
+    covered = {ms for start, length, moved in intervals if moved for ms in range(start, start + length)}
+    found = summarise(RunRecord(record.calls, forwards, transfers))
+    assert found["transfer_share"] * found["wall_s"] == pytest.approx(len(covered) / 1000)
