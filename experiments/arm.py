@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from experiments.config import compose_policy
-from experiments.generation import Generation, greedy
+from experiments.generation import Generation, generate_all
 from experiments.workload import Batch
 from predictors.none import NoPredictor
 from prefetch.cache.base import CachePolicy
@@ -142,7 +142,6 @@ def run_arm(
     model: PreTrainedModel,
     store: ExpertStore,
     batches: list[Batch],
-    new_tokens: int,
     trace: RoutingTrace | None,
     metadata: dict[str, str],
 ) -> ArmRun:
@@ -150,7 +149,7 @@ def run_arm(
     gc.collect()  # so that no arm pays for the garbage of another
     with runtime(cfg, store, trace) as served:
         with attach(model, served):
-            generations = [greedy(model, batch.token_ids, new_tokens) for batch in batches]
+            generations = list(generate_all(model, batches, cfg.workload, cfg.seed))
         served.finish()
         failed = isinstance(served.predictor, NoPredictor) and not _is(cfg.predictor, NoPredictor)
         record = served.recorder.record(served.tier.records)

@@ -32,7 +32,7 @@ from experiments.arm import build_source, run_arm, runtime
 from experiments.atomic import write_json
 from experiments.config import repository_path
 from experiments.decode import compose_arms
-from experiments.generation import divergences, greedy
+from experiments.generation import divergences, generate
 from experiments.link_rate import measured_bytes_per_s
 from experiments.provenance import provenance
 from experiments.workload import Batch, load_batches
@@ -76,7 +76,7 @@ def bench(cfg: DictConfig, folder: Path) -> None:
         "resident_speed": lambda: resident_speed(model_folder, arms["resident"], batches[0]),
         "accelerate_disk_offload": lambda: against_accelerate(model_folder, arms["gate_reuse"], batches[0]),
         "transfers": lambda: transfer_rate(arms["gate_reuse"], _store(model_folder, torch.float32, cfg)),
-        "overlap": lambda: overlap(model_folder, arms["oracle"], arms["resident"], batches[:4], cfg.workload.new_tokens),
+        "overlap": lambda: overlap(model_folder, arms["oracle"], arms["resident"], batches[:4]),
         "overhead": lambda: overhead(model_folder, arms["resident"], batches[0]),
     }
     found: dict[str, Any] = {"provenance": provenance(cfg.seed, _store(model_folder, torch.float32, cfg).path)}
@@ -91,9 +91,11 @@ def bench(cfg: DictConfig, folder: Path) -> None:
 def exactness(folder: Path, dtype: torch.dtype, arm: DictConfig, batches: list[Batch], new_tokens: int) -> dict[str, Any]:
     """Greedy tokens of an offloaded run against the unmodified model; where they part, how close the two best logits were."""
     reference_model = _plain(folder, dtype, "eager")
-    reference = [greedy(reference_model, batch.token_ids, new_tokens) for batch in batches]
+    reference = [generate(reference_model, batch.token_ids, new_tokens) for batch in batches]
     store = _store(folder, dtype, arm)
-    ours = run_arm(arm, load_offloaded(folder, dtype), store, batches, new_tokens, None, {}).generations
+    model = load_offloaded(folder, dtype)
+    with runtime(arm, store, None) as served, attach(model, served):
+        ours = [generate(model, batch.token_ids, new_tokens) for batch in batches]
     parted = divergences(reference, ours, torch.finfo(dtype).eps)
     return {
         "tokens_compared": sum(g.tokens.numel() for g in reference),
@@ -180,18 +182,18 @@ def _move_all(transfers: ThreadTransfers, keys: list[ExpertKey], n_slots: int) -
         moving += [transfers.submit(key, t.slot, demand=False) for t, key in zip(settled, coming, strict=False)]
 
 
-def overlap(folder: Path, oracle: DictConfig, resident: DictConfig, batches: list[Batch], new_tokens: int) -> dict[str, Any]:
+def overlap(folder: Path, oracle: DictConfig, resident: DictConfig, batches: list[Batch]) -> dict[str, Any]:
     """How much of the transfers a perfect predictor hides: decode time against the longer of computing and moving.
 
     Computing is measured in two ways: in the same run, as all but its stall; and with everything resident, which is stricter:
     there nothing is predicted, and no transfer disturbs the processor.
     """
     model, store = load_offloaded(folder, torch.float32), _store(folder, torch.float32, oracle)
-    first = run_arm(resident, model, store, batches, new_tokens, None, {})
+    first = run_arm(resident, model, store, batches, None, {})
     rows = []
     for _ in range(OVERLAP_REPEATS):
-        alone = summarise(run_arm(resident, model, store, batches, new_tokens, None, {}).record)
-        found = summarise(run_arm(oracle, model, store, batches, new_tokens, first.trace, {}).record)
+        alone = summarise(run_arm(resident, model, store, batches, None, {}).record)
+        found = summarise(run_arm(oracle, model, store, batches, first.trace, {}).record)
         wall_s, alone_s = (part["wall_s"] / part["n_tokens"] for part in (found, alone))
         moving_s, own_s = wall_s * found["transfer_share"], wall_s * (1 - found["stall_share"])
         row = {"oracle_s": wall_s, "resident_s": alone_s, "moving_s": moving_s, "own_compute_s": own_s}
@@ -205,13 +207,13 @@ def overhead(folder: Path, arm: DictConfig, batch: Batch) -> dict[str, Any]:
     """Microseconds per decode layer call that are not expert arithmetic (no miss, no predictor), and where they go."""
     model, store = load_offloaded(folder, torch.float32), _store(folder, torch.float32, arm)
     with runtime(arm, store, None) as served, attach(model, served):
-        greedy(model, batch.token_ids, 96)
-        greedy(model, batch.token_ids, 96)
+        generate(model, batch.token_ids, 96)
+        generate(model, batch.token_ids, 96)
         served.finish()
         calls = served.recorder.record(served.tier.records).calls
         quiet = calls[(calls["phase"] == "decode") & (calls["misses"] == 0) & (calls["sequence"] == 1)]
         profile = cProfile.Profile()
-        profile.runcall(greedy, model, batch.token_ids, 96)
+        profile.runcall(generate, model, batch.token_ids, 96)
     rows = [
         {"function": f"{Path(file).name}:{name}", "calls": n_calls, "self_us_per_call": own_s / n_calls * 1e6}
         for (file, _, name), (_, n_calls, own_s, _, _) in pstats.Stats(profile).stats.items()  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ from experiments.arm import runtime
 from experiments.atomic import replacing
 from experiments.config import repository_path, validate
 from experiments.decode import workload_batches
-from experiments.generation import greedy
+from experiments.generation import generate_all
 from experiments.progress import progress_bar
 from predictors.base import LayerView, Prediction, Predictor
 from prefetch.errors import ConfigError
@@ -89,8 +89,7 @@ def collect(cfg: DictConfig, folder: Path) -> None:
         if cfg.collect.hidden_states:
             served.predictor = writer
         with attach(model, served), progress_bar("collecting", len(batches)) as advance:
-            for batch in batches:
-                greedy(model, batch.token_ids, cfg.workload.new_tokens)
+            for _ in generate_all(model, batches, cfg.workload, cfg.seed):
                 advance()
         if cfg.collect.hidden_states and served.predictor is not writer:
             raise ConfigError("writing hidden states failed, as the warning above says: is the disk full?")

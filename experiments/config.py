@@ -60,6 +60,7 @@ class WorkloadConfig:
     batch_size: int = 1
     max_prompt_tokens: int = 384
     warmup_batches: int = 1
+    temperature: float = 1.0
 
 
 @dataclass
@@ -137,6 +138,8 @@ def validate(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, option)
         if not isinstance(value, int) or value < least:
             raise ConfigError(f"{option}={value}: it must be a whole number, at least {least}")
+    if not cfg.workload.temperature >= 0:
+        raise ConfigError(f"workload.temperature={cfg.workload.temperature}: it must be at least 0 (0 = greedy)")
     if cfg.tier.link is not None and set(cfg.tier.link) != {"bytes_per_s", "latency_s"}:
         raise ConfigError(f"tier.link={cfg.tier.link}: it must be null, or have bytes_per_s and latency_s and nothing else")
     if cfg.tier.link is not None and (cfg.tier.link.bytes_per_s <= 0 or cfg.tier.link.latency_s < 0):

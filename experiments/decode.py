@@ -26,7 +26,7 @@ from experiments import launch, plots, tables
 from experiments.arm import ArmRun, build_source, run_arm, slot_budget
 from experiments.atomic import write_text
 from experiments.config import CACHE_COMMON, repository_path, validate
-from experiments.generation import Generation, divergences, greedy, same_bits
+from experiments.generation import Generation, divergences, generate_all, same_bits
 from experiments.link_rate import measured_bytes_per_s
 from experiments.progress import progress_bar
 from experiments.provenance import provenance
@@ -83,7 +83,7 @@ def decode(cfg: DictConfig, folder: Path) -> None:
                     advance()
                     continue
                 source_arm = arms[_recording_arm(arms)] if repeat < 0 else arm
-                run = run_arm(source_arm.cfg, model, store, batches, cfg.workload.new_tokens, recording, metadata)
+                run = run_arm(source_arm.cfg, model, store, batches, recording, metadata)
                 _check(name, run, reference, arms, torch.finfo(dtype).eps)
                 if repeat < 0:
                     recording = run.trace
@@ -168,8 +168,8 @@ def _reference(cfg: DictConfig, model_folder: Path, dtype: torch.dtype, batches:
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).eval()
     with progress_bar("unmodified model", len(batches)) as advance:
         generations = []
-        for batch in batches:
-            generations.append(greedy(model, batch.token_ids, cfg.workload.new_tokens))
+        for generation in generate_all(model, batches, cfg.workload, cfg.seed):
+            generations.append(generation)
             advance()
     return generations
 

@@ -1,13 +1,17 @@
-"""Greedy decoding, and proof that two ways of running a model say the same."""
+"""Decoding, and proof that two ways of running a model say the same."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+
+from experiments.workload import Batch
 
 
 @dataclass
@@ -16,7 +20,9 @@ class Generation:
 
     tokens: Tensor  # [B, new_tokens] int64
     digests: list[str]  # per step, of the logits [B, V]
-    top_values: list[Tensor] = field(default_factory=list)  # per step [B, 2], the two largest logits
+    top_values: list[Tensor] = field(
+        default_factory=list
+    )  # per step [B, 2], the two largest scores: logits, with noise where tokens are drawn
     top_ids: list[Tensor] = field(default_factory=list)  # per step [B, 2], their tokens
 
 
@@ -27,26 +33,44 @@ class Divergence:
     batch: int
     row: int
     step: int
-    margin: float  # difference of the reference's two largest logits
+    margin: float  # difference of the reference's two largest scores
     rounding: float  # what the two summation orders may differ by there: the logits' own rounding unit times their count
 
 
 @torch.inference_mode()
-def greedy(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Generation:
-    """Decode `new_tokens` tokens after `prompt` [B, n], always taking the likeliest, never stopping early."""
+def generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int, *, temperature: float = 0.0, seed: int = 0) -> Generation:
+    """Decode `new_tokens` tokens after `prompt` [B, n], never stopping early.
+
+    Args:
+        temperature: 0 takes the likeliest token. Above 0 tokens are drawn from softmax(logits / temperature) by the Gumbel-max
+            rule (argmax of logits / temperature + Gumbel noise), so that a draw depends on the logits and on `seed` alone
+            and a near tie can be told from a wrong result, as in greedy decoding.
+        seed: of the noise.
+    """
     cache = DynamicCache(config=model.config)
+    noise = torch.Generator().manual_seed(seed)
     token_ids, tokens = prompt, []
     generation = Generation(torch.empty(0), [])
     for _ in range(new_tokens):
         logits = model(input_ids=token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        token_ids = logits.argmax(-1, keepdim=True)
+        scores = logits.float()
+        if temperature > 0:
+            scores = scores / temperature - torch.empty_like(scores).exponential_(generator=noise).log()
+        token_ids = scores.argmax(-1, keepdim=True)
         tokens.append(token_ids)
         generation.digests.append(hashlib.blake2b(logits.contiguous().view(torch.uint8).numpy(), digest_size=12).hexdigest())
-        top = logits.float().topk(2, dim=-1)
+        top = scores.topk(2, dim=-1)
         generation.top_values.append(top.values)
         generation.top_ids.append(top.indices)
     generation.tokens = torch.cat(tokens, dim=1)
     return generation
+
+
+def generate_all(model: PreTrainedModel, batches: list[Batch], workload: DictConfig, seed: int) -> Iterator[Generation]:
+    """What `model` says after each batch, as `workload` describes; each batch has noise of its own."""
+    for index, batch in enumerate(batches):
+        draws = {"temperature": workload.temperature, "seed": seed * len(batches) + index}
+        yield generate(model, batch.token_ids, workload.new_tokens, **draws)
 
 
 def same_bits(one: list[Generation], other: list[Generation]) -> bool:
