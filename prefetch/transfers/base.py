@@ -73,8 +73,8 @@ class Transfer(ABC):
 class Transfers(ABC):
     """Moves experts from the backing tier into slots, in the background.
 
-    Rules: queued demand loads go before queued prefetches, each in order of submission; large transfers move in chunks, so
-    that a demand load waits for one chunk at most; errors are kept in the transfer and surface at the layer that needs it.
+    Rules: queued demand loads go before queued prefetches, each in order of submission, and no prefetch begins while a demand
+    load moves; large transfers move in chunks, so that a demand load waits for one chunk at most; errors are kept in the transfer and surface at the layer that needs it.
     """
 
     @abstractmethod

@@ -64,6 +64,7 @@ typedef struct pool {
     check_fn check; /* or NULL */
     emulated_link *link; /* or NULL */
     int32_t closed;
+    int32_t n_demanding;     /* chunks of demand loads under way; prefetches begin only in between */
     int32_t n_idle, n_woken; /* workers that sleep, and wake-ups on their way to them */
     int32_t watching;        /* a worker looks out for work without sleeping */
     int32_t watch_due;       /* the one who did has found some; another should */
@@ -164,7 +165,7 @@ static void lock(pool *p) { pthread_mutex_lock(&p->lock); }
  * is woken, and wakes the next: a wake-up costs the waker some 7 us, which the compute thread, while it is busy with layers, should
  * not have to pay. */
 static void unlock(pool *p) {
-    int news = p->news_due, takeable = !(p->link && p->link->taken) && (p->demands.first || p->prefetches.first);
+    int news = p->news_due, takeable = !(p->link && p->link->taken) && (p->demands.first || (p->prefetches.first && !p->n_demanding));
     int work = p->n_idle && !p->n_woken && (p->closed || (!p->watching && (takeable || p->watch_due)));
     p->news_due = p->watch_due = 0;
     p->n_woken += work;
@@ -188,7 +189,8 @@ static void watch(pool *p) {
     double end_s = now_s() + WATCH_S;
     p->watching = 1;
     unlock(p);
-    while (!__atomic_load_n(&p->demands.first, __ATOMIC_RELAXED) && !__atomic_load_n(&p->prefetches.first, __ATOMIC_RELAXED) &&
+    while (!__atomic_load_n(&p->demands.first, __ATOMIC_RELAXED) &&
+           (!__atomic_load_n(&p->prefetches.first, __ATOMIC_RELAXED) || __atomic_load_n(&p->n_demanding, __ATOMIC_RELAXED)) &&
            !__atomic_load_n(&p->closed, __ATOMIC_RELAXED) && now_s() < end_s)
         sched_yield();
     lock(p);
@@ -233,10 +235,11 @@ static void stop(pool *p, job *j) {
     j->stopping = 1;
 }
 
-/* The next chunk of the first transfer in `q`; no job also while the link is taken. */
+/* The next chunk of the first transfer in `q`. No job also while the link is taken, and no prefetch while a demand load moves:
+ * beside a prefetch it would take half as long again, and a layer is waiting for it. */
 static chunk take(pool *p, queue *q) {
     chunk c = {q->first, 0, 0, 0.0};
-    if (p->link && p->link->taken)
+    if ((p->link && p->link->taken) || (q == &p->prefetches && p->n_demanding))
         c.job = NULL;
     if (!c.job)
         return c;
@@ -251,6 +254,7 @@ static chunk take(pool *p, queue *q) {
     if (c.end == j->n_bytes)
         dequeue(q, j);
     j->n_running++;
+    p->n_demanding += j->demand;
     if (c.start == 0) {
         j->started_s = now_s();
         __atomic_store_n(&j->state, RUNNING, __ATOMIC_RELEASE);
@@ -265,6 +269,7 @@ static chunk take_any(pool *p) {
 
 static void leave(pool *p, job *j, int32_t error) { /* a thread is done with its chunk of `j` */
     j->n_running--;
+    p->n_demanding -= j->demand;
     if (error) {
         if (!j->error)
             j->error = error;
@@ -379,6 +384,7 @@ void pool_promote(pool *p, job *j) {
             enqueue(&p->demands, j);
         }
         j->demand = 1;
+        p->n_demanding += j->n_running;
     }
     unlock(p);
 }

@@ -67,6 +67,8 @@ class ThreadTransfers(Transfers):
     under way, and a large transfer is moved by several threads at once. With an emulated link only one chunk is on the
     link; which one is decided at the moment the link gets free.
 
+    No prefetch begins while a demand load is under way: it would share the link with it.
+
     A cancelled transfer always ends as CANCELLED (or FAILED), even if its last bytes were just arriving.
 
     Args:

@@ -363,3 +363,24 @@ def test_close_cuts_a_slow_link(pack):
 def test_impossible_options_are_named(options, named):
     with pytest.raises(ConfigError, match=named):
         ThreadTransfers(GatedSource(ROW_BYTES), Slots().buffer, **options)
+
+
+def test_no_prefetch_begins_while_a_demand_load_moves(start):
+    source = GatedSource(CHUNK)
+    transfers = start(source, n_threads=4)
+    demand = transfers.submit(A, 0, demand=True)
+    source.await_reads(1)
+    prefetches = [transfers.submit(key, slot, demand=False) for slot, key in enumerate((B, C), start=1)]
+    promoted = transfers.submit(D, 3, demand=False)
+    transfers.promote(promoted)
+    assert source.await_reads(2) == [(A, 0), (D, 0)]
+    assert all(transfer.state is TransferState.QUEUED for transfer in prefetches)
+    source.allow(2)
+    settle(transfers, demand, promoted)
+    source.await_reads(4)
+    transfers.promote(prefetches[0])  # it is running: from now on it is a demand load as well
+    last = transfers.submit(A, 4, demand=False)
+    source.allow(2)
+    settle(transfers, *prefetches)
+    source.open()
+    settle(transfers, last)
