@@ -35,8 +35,8 @@ bench: $(STAMP)
 	$(BIN)/python -m experiments.bench
 
 results: $(STAMP)
-	$(BIN)/python -m experiments.decode experiment=demo hydra.run.dir=outputs/results/slots_25
-	$(BIN)/python -m experiments.decode experiment=demo cache.slots=0.45 hydra.run.dir=outputs/results/slots_45
+	$(BIN)/python -m experiments.decode experiment=demo repeats=7 hydra.run.dir=outputs/results/slots_25
+	$(BIN)/python -m experiments.decode experiment=demo repeats=7 cache.slots=0.45 hydra.run.dir=outputs/results/slots_45
 	$(BIN)/python -m experiments.bench hydra.run.dir=outputs/results/bench
 
 lint: $(STAMP)

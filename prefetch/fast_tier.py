@@ -86,6 +86,11 @@ class FastTier:
         return key in self.slots
 
     @property
+    def holds_everything(self) -> bool:
+        """No expert is missing."""
+        return len(self.slots) == self.pool.slot_of.numel()
+
+    @property
     def prefetch_room(self) -> int:
         """Prefetches that may start now. In staging they evict nobody; where the policy admits them it decides."""
         self._collect_drained()

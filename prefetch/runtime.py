@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable
 
-import numpy as np
 from torch import Tensor
 
 from kernels.expert_mlp import expert_mlp, weighted_sum
@@ -46,6 +45,7 @@ class OffloadRuntime:
         self.keys = [[ExpertKey(layer, e) for e in range(geometry.n_experts)] for layer in range(geometry.n_layers)]
         self.sequence, self.step = -1, 0
         self.residual: Tensor | None = None  # of the layer in progress, where the predictor asks for it
+        self.pre_attention: Tensor | None = None  # likewise
         planner.bind(geometry)
 
     def bind(self, model: ModelView) -> None:
@@ -125,15 +125,19 @@ class OffloadRuntime:
     def _predict_and_prefetch(
         self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, work: Dispatch, timer: CallTimer
     ) -> None:
-        """While the demand loads travel: ask the predictor, record its guesses, start what the planner chooses."""
-        if type(self.predictor) is NoPredictor:
+        """While the demand loads travel: ask the predictor, record its guesses, start what the planner chooses.
+
+        With every expert on board there is nothing to prefetch, and predicting would only cost time.
+        """
+        if type(self.predictor) is NoPredictor or self.tier.holds_everything:
             return
         started = time.perf_counter()
-        seen = LayerView(layer, self.step, self.sequence, hidden, self.residual, ids, weights, self.token_ids)
+        seen = LayerView(
+            layer, self.step, self.sequence, hidden, self.residual, ids, weights, self.token_ids, self.pre_attention
+        )
         predictions = self._guarded_predictions(seen)
         for prediction in predictions:
-            resident = np.greater_equal(self.tier.pool.slot_of[prediction.layer].numpy(), 0)
-            self.recorder.guessed(prediction, layer, resident)
+            self.recorder.guessed(prediction, layer, self.tier.pool.resident(prediction.layer))
         lookahead = {p.layer: (p.layer - layer - 1) % self.geometry.n_layers + 1 for p in predictions}
         in_use = {self.keys[layer][e] for e in work.experts}
         for key in self.planner.plan(predictions, self._tier_view()) if predictions else ():

@@ -6,6 +6,7 @@ import heapq
 import math
 import re
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,6 +83,11 @@ class SlotPool:
         if slot >= 0:
             self._owner[slot] = None
             self._table[key] = -1
+
+    def resident(self, layer: int) -> np.ndarray:
+        """Which experts of `layer` are published now: bool [E]."""
+        published: np.ndarray = self._table[layer] >= 0
+        return published
 
     def buffer(self, slot: int) -> memoryview:
         """The slot's bytes, writable, `row_bytes` long, page-aligned."""

@@ -95,6 +95,18 @@ def test_batches_decode_like_transformers(tiny_qwen3: Path, pack_dir: Path) -> N
     assert set(record.forwards["n_tokens"]) == {3 * 12, 3}
 
 
+def test_nothing_is_predicted_once_every_expert_is_on_board(tiny_qwen3: Path, pack_dir: Path) -> None:
+    setting = Setting(Resident(24), n_slots=26, staging=2, transient=0, predictor=GateReuse())
+    with offloaded(tiny_qwen3, pack_dir, setting) as (model, runtime):
+        decode(model)
+        with torch.inference_mode():
+            model(torch.arange(64).repeat(1, 4))  # enough tokens to need every expert
+        assert runtime.tier.holds_everything
+        n_guesses = len(runtime.recorder.guesses)
+        decode(model)
+        assert n_guesses > 0 and len(runtime.recorder.guesses) == n_guesses
+
+
 def test_works_with_transformers_generate(tiny_qwen3: Path, pack_dir: Path) -> None:
     options = {"max_new_tokens": 10, "do_sample": False}
     expected = plain(tiny_qwen3).generate(PROMPTS[0], **options)
