@@ -23,6 +23,7 @@ class ModelView:
     hidden_size: int
     router_logits: Sequence[Callable[[Tensor], Tensor]]  # per layer: normalised hidden [T, H] -> logits [T, E]
     pre_moe_norm: Sequence[Callable[[Tensor], Tensor]]  # per layer: residual [T, H] -> router input [T, H]
+    fingerprint: str = ""  # identifies the routers' weights, whatever dtype they run in
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class LayerView:
     topk_ids: Tensor  # [T, k] int64, what the router selected
     topk_weights: Tensor  # [T, k]
     token_ids: Tensor  # [T] int64
+    pre_attention: Tensor | None = None  # [T, H], this layer's normalised input before attention; unless `needs_pre_attention`
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Predictor(ABC):
     """Base of every predictor family. One file and one YAML each."""
 
     needs_residual = False  # True: the runtime captures `LayerView.residual`
+    needs_pre_attention = False  # True: the runtime captures `LayerView.pre_attention`
     name: str = ""
 
     def bind(self, model: ModelView) -> None:

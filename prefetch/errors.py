@@ -37,6 +37,14 @@ class TraceError(GatecastError):
     """A routing trace is damaged or was recorded for another model or workload."""
 
 
+class PredictorError(GatecastError):
+    """A predictor's weights are damaged or were trained for another model; or it cannot be trained on the data given."""
+
+
+class RecordingError(GatecastError):
+    """Recorded states are missing, damaged, or of another model."""
+
+
 class ConfigError(GatecastError):
     """An option is unknown, of the wrong type, or impossible in combination with another."""
 

@@ -31,6 +31,7 @@ class Family:
     intermediate_size: str = "moe_intermediate_size"  # attribute of the config that holds I
     moe_block: str = "mlp"  # attribute of a decoder layer (transformers 5)
     pre_moe_norm: str = "post_attention_layernorm"  # attribute of a decoder layer
+    pre_attention_norm: str = "input_layernorm"  # attribute of a decoder layer
     experts: str = "experts"  # attribute of the MoE block
     router: str = "gate"  # attribute of the MoE block; its `weight` is [E, H]
 

@@ -6,6 +6,7 @@ materialised, and their forward goes to the `OffloadRuntime` through transformer
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -61,6 +62,10 @@ def attach(model: PreTrainedModel, runtime: OffloadRuntime) -> Iterator[OffloadR
         if runtime.predictor.needs_residual:
             for norm in pre_moe_norms(model, family):
                 undo.callback(norm.register_forward_pre_hook(_capture_residual(runtime)).remove)
+        if runtime.predictor.needs_pre_attention:
+            for layer_module in _moe_layers(model):
+                norm = getattr(layer_module, family.pre_attention_norm)
+                undo.callback(norm.register_forward_hook(_capture_pre_attention(runtime)).remove)
         undo.callback(model.register_forward_pre_hook(_begin(runtime), with_kwargs=True).remove)
         undo.callback(model.register_forward_hook(_end(runtime)).remove)
         yield runtime
@@ -76,6 +81,7 @@ def model_view(model: PreTrainedModel, family: Family, geometry: MoEGeometry) ->
         geometry.expert.hidden,
         [_logits_of(router) for router in routers],
         [norm.forward for norm in pre_moe_norms(model, family)],  # not called as modules: that would fire our own hooks
+        _fingerprint(routers),
     )
 
 
@@ -92,6 +98,14 @@ def pre_moe_norms(model: PreTrainedModel, family: Family) -> list[nn.Module]:
 def _moe_layers(model: PreTrainedModel) -> list[nn.Module]:
     layers = model.get_decoder().layers
     return [layers[i] for i in moe_layer_indices(model.config)]
+
+
+def _fingerprint(routers: list[Any]) -> str:
+    """Of the routers' weights as bfloat16, so that a checkpoint is the same whatever dtype it is loaded in."""
+    digest = hashlib.blake2b(digest_size=16)
+    for router in routers:
+        digest.update(router.weight.detach().cpu().bfloat16().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _logits_of(router: Any) -> Callable[[Tensor], Tensor]:
@@ -142,6 +156,13 @@ def _end(runtime: OffloadRuntime) -> Callable:
 def _capture_residual(runtime: OffloadRuntime) -> Callable:
     def hook(norm: nn.Module, args: tuple) -> None:
         runtime.residual = args[0].reshape(-1, args[0].shape[-1])
+
+    return hook
+
+
+def _capture_pre_attention(runtime: OffloadRuntime) -> Callable:
+    def hook(norm: nn.Module, args: tuple, output: Tensor) -> None:
+        runtime.pre_attention = output.reshape(-1, output.shape[-1])
 
     return hook
 
