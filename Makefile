@@ -9,7 +9,7 @@ help:
 	@echo "make demo    decode the bundled model with offloaded experts and compare predictors (about 2 minutes)"
 	@echo "make test    all tests"
 	@echo "make bench   exactness, speed with everything resident, transfers, overhead (minutes; wants a quiet machine)"
-	@echo "make results the figures of docs/results.md (about 10 minutes; wants a quiet machine)"
+	@echo "make results the figures of README and docs/results.md (about 12 minutes; wants a quiet machine)"
 	@echo "make lint    ruff and mypy"
 	@echo "make venv    set up $(VENV) only; the others do it when needed"
 	@echo "make clean   remove $(VENV), packed experts and outputs"
@@ -35,9 +35,10 @@ bench: $(STAMP)
 	$(BIN)/python -m experiments.bench
 
 results: $(STAMP)
-	$(BIN)/python -m experiments.decode experiment=demo repeats=7 hydra.run.dir=outputs/results/slots_25
-	$(BIN)/python -m experiments.decode experiment=demo repeats=7 cache.slots=0.45 hydra.run.dir=outputs/results/slots_45
+	$(BIN)/python -m experiments.decode experiment=demo repeats=5 hydra.run.dir=outputs/results/slots_25
+	$(BIN)/python -m experiments.decode experiment=demo repeats=5 cache.slots=0.45 hydra.run.dir=outputs/results/slots_45
 	$(BIN)/python -m experiments.bench hydra.run.dir=outputs/results/bench
+	$(BIN)/python -m scripts.results_page outputs/results
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

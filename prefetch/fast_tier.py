@@ -79,7 +79,8 @@ class FastTier:
         self.staged: dict[ExpertKey, TransferRecord] = {}
         self.draining: list[tuple[TransferRecord, int]] = []  # cancelled on the way; their slots free up as they settle
         self.records: list[TransferRecord] = []
-        self.useful_share = 1.0  # running share of prefetches that a router confirmed
+        self.considered: set[ExpertKey] = set()  # prefetches that a planner thought of and did not make
+        self.useful_share = 1.0  # running share of prefetches, made or considered, that a router confirmed
 
     def on_board(self, key: ExpertKey) -> bool:
         """In a slot or on its way into one."""
@@ -97,6 +98,10 @@ class FastTier:
         if self.policy_admits:
             return self.policy.capacity - len(self.staged)
         return max(0, min(self.staging - len(self.staged) - len(self.draining), self.pool.n_free))
+
+    def consider(self, key: ExpertKey) -> None:
+        """Judge `key` as if it were prefetched, when its layer routes next; nothing moves."""
+        self.considered.add(key)
 
     def stage(self, key: ExpertKey, lookahead: int, in_use: Collection[ExpertKey]) -> None:
         """Start a prefetch of `key`, which is not on board. Nothing happens if the policy declines it or no slot is free."""
@@ -234,6 +239,10 @@ class FastTier:
         return slot
 
     def _expire(self, layer: int, in_use: Collection[ExpertKey]) -> None:
+        if self.considered:
+            for key in [key for key in self.considered if key.layer == layer]:
+                self.considered.remove(key)
+                self._learn(key in in_use)
         if not self.policy_admits:
             for key in [key for key in self.staged if key.layer == layer and key not in in_use]:
                 self._unstage(key)
@@ -264,4 +273,7 @@ class FastTier:
 
     def _judge(self, record: TransferRecord, outcome: str) -> None:
         record.outcome = outcome
-        self.useful_share += USEFUL_WEIGHT * ((outcome == "useful") - self.useful_share)
+        self._learn(outcome == "useful")
+
+    def _learn(self, useful: bool) -> None:
+        self.useful_share += USEFUL_WEIGHT * (useful - self.useful_share)

@@ -118,9 +118,8 @@ class OffloadRuntime:
         )
 
     def _tier_view(self) -> FastTierView:
-        return FastTierView(
-            self.tier.on_board, self.tier.prefetch_room, self.tier.transfers.queued_bytes, self.tier.useful_share
-        )
+        tier = self.tier
+        return FastTierView(tier.on_board, tier.prefetch_room, tier.transfers.queued_bytes, tier.useful_share, tier.consider)
 
     def _predict_and_prefetch(
         self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, work: Dispatch, timer: CallTimer

@@ -17,7 +17,8 @@ class FastTierView:
     on_board: Callable[[ExpertKey], bool]  # the expert is in a slot or already on its way into one
     free_slots: int  # slots a prefetch may land in without evicting anything
     queued_bytes: int  # bytes submitted to the link and not yet moved
-    useful_share: float = 1.0  # of recent prefetches: how many a router then confirmed; 1 while nothing is known
+    useful_share: float = 1.0  # of recent prefetches, made or considered: how many a router confirmed; 1 while nothing is known
+    consider: Callable[[ExpertKey], None] = lambda key: None  # judge an expert like a prefetch, without moving a byte
 
 
 class Planner(ABC):

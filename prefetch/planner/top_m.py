@@ -13,8 +13,6 @@ from prefetch.errors import ConfigError
 from prefetch.geometry import ExpertKey, MoEGeometry
 from prefetch.planner.base import FastTierView, Planner
 
-PROBE_EVERY = 16  # layer calls
-
 
 @dataclass
 class TopM(Planner):
@@ -24,7 +22,7 @@ class TopM(Planner):
     m: int | None = None  # experts per token and target layer; None = the model's top-k
     extra: int = 0  # on top of m, as insurance against near misses
     max_queued_experts: int | None = None  # the longest queue to plan for; None = bounded by free slots only
-    min_useful_share: float = 0.4  # below this share of useful prefetches, plan at one layer call in PROBE_EVERY only
+    min_useful_share: float = 0.4  # below this share of useful prefetches they are only considered, not made
 
     def __post_init__(self) -> None:
         for option, lowest in (("m", 1), ("extra", 0), ("max_queued_experts", 1)):
@@ -35,13 +33,24 @@ class TopM(Planner):
     def bind(self, geometry: MoEGeometry) -> None:
         """Resolve `m` against the model."""
         super().bind(geometry)
-        self.n_held_back = 0
         m = geometry.top_k if self.m is None else self.m
         self.n_wanted = min(m + self.extra, geometry.n_experts)
 
     def plan(self, predictions: Sequence[Prediction], tier: FastTierView) -> list[ExpertKey]:
-        """The wanted experts that are not on board, in the order of `predictions`, then likeliest first."""
-        room = 0 if self._holds_back(tier) else self._room(tier)
+        """The wanted experts that are not on board, in the order of `predictions`, then likeliest first.
+
+        A wrong prefetch costs the link, the fast tier and this thread. While guesses mostly miss, the plan is made but not
+        carried out: the fast tier only notes how it would have done, so that a predictor which gets better is noticed.
+        """
+        chosen = self._choose(predictions, tier)
+        if tier.useful_share >= self.min_useful_share:
+            return chosen
+        for key in chosen:
+            tier.consider(key)
+        return []
+
+    def _choose(self, predictions: Sequence[Prediction], tier: FastTierView) -> list[ExpertKey]:
+        room = self._room(tier)
         chosen: dict[ExpertKey, None] = {}
         for prediction in predictions:
             if len(chosen) >= room:
@@ -51,14 +60,6 @@ class TopM(Planner):
                 if not tier.on_board(key):
                     chosen[key] = None
         return list(chosen)[:room]
-
-    def _holds_back(self, tier: FastTierView) -> bool:
-        """A wrong prefetch costs the link, the fast tier and this thread; guesses that mostly miss are only probed, so that
-        a predictor which gets better is noticed."""
-        if tier.useful_share >= self.min_useful_share:
-            return False
-        self.n_held_back += 1
-        return self.n_held_back % PROBE_EVERY != 0
 
     def _room(self, tier: FastTierView) -> int:
         if self.max_queued_experts is None:

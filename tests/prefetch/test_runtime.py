@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from predictors.base import LayerView, Prediction, Predictor
+from predictors.evaluation import count_guesses, quality
 from predictors.gate_reuse import GateReuse
 from predictors.oracle import Oracle
 from predictors.popularity import Popularity
@@ -105,6 +106,17 @@ def test_nothing_is_predicted_once_every_expert_is_on_board(tiny_qwen3: Path, pa
         n_guesses = len(runtime.recorder.guesses)
         decode(model)
         assert n_guesses > 0 and len(runtime.recorder.guesses) == n_guesses
+
+
+def test_prefetches_that_are_only_considered_move_nothing_and_are_judged(tiny_qwen3: Path, pack_dir: Path) -> None:
+    planner = TopM(min_useful_share=2.0)  # never reached
+    with offloaded(tiny_qwen3, pack_dir, Setting(predictor=GateReuse(), planner=planner)) as (model, runtime):
+        decode(model)
+        runtime.finish()
+        trace, record = runtime.recorder.trace({}), runtime.recorder.record(runtime.tier.records)
+    assert set(record.transfers["outcome"]) == {"demand"}
+    recall = quality(count_guesses(trace)).set_index("phase").loc["decode", "recall"]
+    assert 0 < runtime.tier.useful_share < 1 and recall < 1, "some guesses were right, some wrong"
 
 
 def test_works_with_transformers_generate(tiny_qwen3: Path, pack_dir: Path) -> None:

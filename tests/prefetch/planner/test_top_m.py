@@ -91,10 +91,12 @@ def test_refuses_impossible_knobs(option: str, value: int) -> None:
         TopM(**{option: value})
 
 
-def test_holds_back_while_prefetches_are_mostly_wasted_but_keeps_probing() -> None:
+def test_holds_back_while_prefetches_are_mostly_wasted_and_says_what_it_would_have_done() -> None:
     planner = TopM(min_useful_share=0.4)
     planner.bind(MoEGeometry(4, 8, 2, ExpertGeometry(16, 16, torch.float32)))
     guess = [Prediction(1, torch.arange(8.0)[None])]
-    poor, good = (FastTierView(lambda key: False, 4, 0, useful_share=share) for share in (0.39, 0.4))
-    assert planner.plan(guess, good) == [ExpertKey(1, 7), ExpertKey(1, 6)]
-    assert [bool(planner.plan(guess, poor)) for _ in range(32)] == ([False] * 15 + [True]) * 2
+    considered: list[ExpertKey] = []
+    poor, good = (FastTierView(lambda key: False, 4, 0, share, considered.append) for share in (0.39, 0.4))
+    best = [ExpertKey(1, 7), ExpertKey(1, 6)]
+    assert planner.plan(guess, good) == best and not considered
+    assert planner.plan(guess, poor) == [] and considered == best
