@@ -218,6 +218,7 @@ class FastTier:
             found.hits.append(key)
         elif record.transfer.state is TransferState.QUEUED:  # nothing had moved yet: to the layer this is a plain miss
             record.outcome = "demand"
+            self._learn(True)  # the guess was right, the link too slow
             self.transfers.promote(record.transfer)
             found.misses.append(Demand(key, record, transient))
             return

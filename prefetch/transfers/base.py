@@ -93,7 +93,7 @@ class Transfers(ABC):
     def wait_any(self, transfers: Sequence[Transfer]) -> list[Transfer]:
         """Block until at least one of `transfers` has settled; returns all of them that have, in the order given.
 
-        The waiting thread may itself move queued demand chunks: a thread hand-over costs more than a small read.
+        The waiting thread may itself move queued demand chunks when nobody else is free to.
         """
 
     @property

@@ -1,7 +1,8 @@
 /* Worker threads that move experts into slots without ever taking Python's interpreter lock.
  *
- * Python owns all memory, and keeps a job's until it has settled; layouts are mirrored in native.py. The pool's lock guards the queues and every job; `state` is written last, so that reading it needs no lock.
- * Times are CLOCK_MONOTONIC seconds, which is what time.perf_counter() reads on Linux.
+ * Python owns all memory, and keeps a job's until it has settled; layouts are mirrored in native.py. The pool's lock guards the
+ * queues and every job; `state` is written last, so that reading it needs no lock. Times are CLOCK_MONOTONIC seconds, which is what
+ * time.perf_counter() reads on Linux.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -17,7 +18,7 @@ enum state { QUEUED, RUNNING, DONE, FAILED, CANCELLED };
 enum { READ_SHORT = -1, READ_RAISED = -2 }; /* error codes beside errno's: the file ended early; Python raised */
 #define PAGE_BYTES 4096
 #define SPIN_S 20e-6 /* about what a precise sleep overshoots */
-#define WATCH_S 1e-3 /* more than a layer's time: how long one worker looks out for work before it sleeps */
+#define WATCH_S 1e-3 /* more than a layer's time: how long a thread looks out for work, or for news, before it sleeps */
 #define SLICE_S 0.05 /* how long a sleeper may take to notice that the link was cut */
 
 typedef struct job {
@@ -61,7 +62,7 @@ typedef struct pool {
     int64_t queued_bytes, chunk_bytes;
     read_fn read;
     void *source;
-    check_fn check; /* or NULL */
+    check_fn check;      /* or NULL */
     emulated_link *link; /* or NULL */
     int32_t closed;
     int32_t n_demanding;     /* chunks of demand loads under way; prefetches begin only in between */
@@ -165,7 +166,8 @@ static void lock(pool *p) { pthread_mutex_lock(&p->lock); }
  * is woken, and wakes the next: a wake-up costs the waker some 7 us, which the compute thread, while it is busy with layers, should
  * not have to pay. */
 static void unlock(pool *p) {
-    int news = p->news_due, takeable = !(p->link && p->link->taken) && (p->demands.first || (p->prefetches.first && !p->n_demanding));
+    int takeable = !(p->link && p->link->taken) && (p->demands.first || (p->prefetches.first && !p->n_demanding));
+    int news = p->news_due;
     int work = p->n_idle && !p->n_woken && (p->closed || (!p->watching && (takeable || p->watch_due)));
     p->news_due = p->watch_due = 0;
     p->n_woken += work;
@@ -405,22 +407,27 @@ static int any_settled(job **jobs, int64_t n_jobs) {
     return 0;
 }
 
-/* Until one of `jobs` has settled, at most for `patience_s`: move demand chunks, as long as no slow link would hold up
- * the caller for longer than that, else wait. Returns whether one has settled. */
+/* Until one of `jobs` has settled, at most for `patience_s`: move demand chunks, if every worker is busy and no slow link would
+ * hold up the caller for longer than that, else look out for news, and in the end sleep. Returns whether one has settled. */
 int32_t pool_wait_any(pool *p, job **jobs, int64_t n_jobs, double patience_s) {
-    double deadline_s = now_s() + patience_s;
+    double deadline_s = now_s() + patience_s, watch_end_s = now_s() + WATCH_S;
     struct timespec deadline = at(deadline_s);
     int32_t settled, late = 0;
     lock(p);
     while (!(settled = any_settled(jobs, n_jobs)) && !late) {
         chunk c = {NULL, 0, 0, 0.0};
-        if (ends_by(p, deadline_s))
+        if (!p->n_idle && !p->watching && ends_by(p, deadline_s))
             c = take(p, &p->demands);
         if (c.job) {
             unlock(p);
             move(p, c);
             lock(p);
             late = now_s() > deadline_s;
+        } else if (now_s() < watch_end_s) {
+            unlock(p);
+            while (!any_settled(jobs, n_jobs) && now_s() < watch_end_s)
+                sched_yield();
+            lock(p);
         } else {
             late = pthread_cond_timedwait(&p->news, &p->lock, &deadline) == ETIMEDOUT;
         }

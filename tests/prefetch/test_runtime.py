@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -213,7 +212,6 @@ def test_an_unreadable_expert_surfaces_at_its_layer_and_leaves_clean_books(tiny_
             """Rows of layer 1 are looked for where no file can be: EINVAL."""
             super().__init__(path, lambda key: -1 if self.broken and key.layer == 1 else offset_of(key), row_bytes)
 
-    n_threads = len(os.listdir("/proc/self/task"))
     with offloaded(tiny_qwen3, tmp_path, Setting(source=_Unreadable, predictor=GateReuse())) as (model, runtime):
         with pytest.raises(TransferError, match="of MoE layer 1 could not be loaded.*Invalid argument"):
             decode(model)
@@ -223,7 +221,6 @@ def test_an_unreadable_expert_surfaces_at_its_layer_and_leaves_clean_books(tiny_
         runtime.finish()
         assert runtime.tier.pool.n_free + len(runtime.tier.slots) == runtime.tier.pool.n_slots
     assert torch.equal(tokens, decode(plain(tiny_qwen3))[0])
-    assert len(os.listdir("/proc/self/task")) == n_threads
 
 
 def test_too_few_slots_are_refused(tiny_qwen3: Path, tmp_path: Path) -> None:
