@@ -38,10 +38,10 @@ torch.set_num_threads(1)
 torch.nn.functional.linear(torch.ones(1, 64), torch.ones(64, 64))  # whatever the libraries set aside
 folder, packs, headroom, checkpoint_bytes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 
-def data_bytes():
-    return int(re.search(r"VmData:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+def status_bytes(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-limit = data_bytes() + headroom
+limit = status_bytes("VmData") + headroom
 resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
 try:
     torch.empty(checkpoint_bytes, dtype=torch.uint8)
@@ -68,7 +68,7 @@ with attach(model, runtime):
 transfers.close()
 calls = runtime.recorder.record(tier.records).calls
 assert calls["needed"].sum() >= 6 * store.geometry.n_layers * 2 and calls["misses"].sum() > 0
-print(limit, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, *tokens[0].tolist())
+print(limit, status_bytes("VmHWM"), *tokens[0].tolist())  # unlike ru_maxrss, VmHWM does not begin at the parent's size
 """
 
 
