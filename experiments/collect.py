@@ -1,71 +1,82 @@
-"""Record what the routers choose over a workload, and if asked what they saw: the data that predictors learn from.
+"""Record what the layers of a model see and what its routers choose, document by document: the data predictors learn from.
 
+    python -m experiments.collect documents=bundled collect.hidden_states=true hydra.run.dir=outputs/recording
     python -m experiments.collect workload.n_prompts=24 workload.new_tokens=256
-    python -m experiments.collect collect.hidden_states=true collect.shard_rows=4096
 
-Writes `trace.safetensors` (see `prefetch/trace.py`) and, with `hidden_states`, shards `hidden-00000.safetensors`, ... of at most
-`shard_rows` tokens each: `hidden` and `residual` [rows, L, H] in the model's dtype, rows in the order of the trace's rows.
+Writes a recording (see `predictors/recording.py`) and `trace.safetensors`, the routing of all documents for replay. Interrupted,
+it goes on where it was when started again with the same folder; memory holds one shard of states.
 """
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from experiments import launch
 from experiments.arm import runtime
-from experiments.atomic import replacing
+from experiments.atomic import replacing, write_json
 from experiments.config import repository_path, validate
-from experiments.decode import workload_batches
-from experiments.generation import generate_all
+from experiments.documents import Document, documents_of
+from experiments.generation import generate
 from experiments.progress import progress_bar
 from predictors.base import LayerView, Prediction, Predictor
-from prefetch.errors import ConfigError
+from predictors.recording import FORMAT, INDEX, STATES, TRACE, RecordedDocument, Recording, joined, read_index
+from prefetch.errors import ConfigError, RecordingError
 from prefetch.model import attach, load_offloaded
+from prefetch.recorder import Recorder
+from prefetch.runtime import OffloadRuntime
 from prefetch.store import ExpertStore
 
 
-class HiddenStateWriter(Predictor):
-    """Sees what predictors see, predicts nothing, and writes it to shards: memory is bounded by one shard."""
+class StateWriter(Predictor):
+    """Sees what predictors see, predicts nothing, and writes it to shards of the present document's folder."""
 
     needs_residual = True
+    needs_pre_attention = True
+    sees_every_call = True
 
-    def __init__(self, folder: Path, shard_rows: int):
-        self.folder, self.shard_rows = folder, shard_rows
-        self.n_shards, self.n_rows = 0, 0
-        self.pass_so_far: list[tuple[Tensor, Tensor]] = []  # per layer of the forward pass under way
-        self.rows: list[tuple[Tensor, Tensor]] = []  # finished passes, [T, L, H] each
+    def __init__(self, shard_rows: int):
+        self.shard_rows = shard_rows
+        self.pass_so_far: list[LayerView] = []  # the layers of the forward pass under way
+        self.rows: list[dict[str, Tensor]] = []  # finished passes, [T, L, H] each
+
+    def begin(self, folder: Path) -> None:
+        """A document begins, whose shards go to `folder`."""
+        self.folder, self.n_shards, self.n_rows = folder, 0, 0
+        self.pass_so_far.clear()
+        self.rows.clear()
 
     def predict(self, seen: LayerView) -> list[Prediction]:
         """Keep the layer's view; at the last layer the pass is complete."""
-        assert seen.residual is not None
-        self.pass_so_far.append((seen.hidden.clone(), seen.residual.clone()))
+        self.pass_so_far.append(seen)
         if seen.layer == self.model.n_layers - 1:
-            hidden, residual = (torch.stack(layers, dim=1) for layers in zip(*self.pass_so_far, strict=True))
+            complete = {name: torch.stack([getattr(view, name) for view in self.pass_so_far], dim=1) for name in STATES}
             self.pass_so_far.clear()
-            for first in range(0, len(hidden), self.shard_rows):
-                part = slice(first, first + self.shard_rows)
-                self._add(hidden[part], residual[part])
+            for first in range(0, len(seen.hidden), self.shard_rows):
+                self._add({name: state[first : first + self.shard_rows] for name, state in complete.items()})
         return []
 
-    def _add(self, hidden: Tensor, residual: Tensor) -> None:
-        if self.n_rows + len(hidden) > self.shard_rows:
+    def _add(self, states: dict[str, Tensor]) -> None:
+        n_rows = len(states["hidden"])
+        if self.n_rows + n_rows > self.shard_rows:
             self.flush()
-        self.rows.append((hidden, residual))
-        self.n_rows += len(hidden)
+        self.rows.append(states)
+        self.n_rows += n_rows
 
     def flush(self) -> None:
         """Write what is held as the next shard."""
         if not self.rows:
             return
-        hidden, residual = (torch.cat(parts) for parts in zip(*self.rows, strict=True))
-        with replacing(self.folder / f"hidden-{self.n_shards:05d}.safetensors") as aside:
-            save_file({"hidden": hidden, "residual": residual}, aside)
+        with replacing(self.folder / f"states-{self.n_shards:03d}.safetensors") as aside:
+            save_file({name: torch.cat([row[name] for row in self.rows]) for name in STATES}, aside)
         self.n_shards += 1
         self.rows, self.n_rows = [], 0
 
@@ -75,28 +86,95 @@ def main() -> None:
 
 
 def collect(cfg: DictConfig, folder: Path) -> None:
-    """Decode the workload once and write its trace, and hidden states where asked, to `folder`."""
+    """Run every document that `folder` does not hold yet, and write what its layers saw and chose."""
     validate(cfg)
     if cfg.collect.shard_rows < 1:
         raise ConfigError(f"collect.shard_rows={cfg.collect.shard_rows}: it must be at least 1")
     torch.set_num_threads(cfg.backend.n_threads)
     model_folder, dtype = repository_path(cfg.model.path), getattr(torch, cfg.model.dtype)
     store = ExpertStore.open(model_folder, dtype, repository_path(cfg.model.pack_dir))
-    batches = workload_batches(cfg, model_folder)
+    documents = documents_of(cfg, model_folder)
     model = load_offloaded(model_folder, dtype)
+    writer = StateWriter(cfg.collect.shard_rows) if cfg.collect.hidden_states else None
     with runtime(cfg, store, None) as served:
-        writer = HiddenStateWriter(folder, cfg.collect.shard_rows)
-        if cfg.collect.hidden_states:
+        if writer is not None:
             served.predictor = writer
-        with attach(model, served), progress_bar("collecting", len(batches)) as advance:
-            for _ in generate_all(model, batches, cfg.workload, cfg.seed):
-                advance()
-        if cfg.collect.hidden_states and served.predictor is not writer:
-            raise ConfigError("writing hidden states failed, as the warning above says: is the disk full?")
+        with attach(model, served):
+            index = _index(cfg, documents, served.model_fingerprint)
+            _continue_or_begin(folder, index)
+            _run_all(cfg, model, served, writer, documents, folder)
+    recording = Recording(folder)
+    trace = joined([recording.trace(document) for document in recording.documents])
+    trace.save(folder / TRACE)
+    Console(stderr=True).print(f"{len(documents)} documents, {trace.n_tokens} tokens: {folder}")
+
+
+def _run_all(
+    cfg: DictConfig,
+    model: PreTrainedModel,
+    served: OffloadRuntime,
+    writer: StateWriter | None,
+    documents: list[Document],
+    folder: Path,
+) -> None:
+    with progress_bar("recording", len(documents)) as advance:
+        for index, document in enumerate(documents):
+            place = folder / RecordedDocument(document.name, document.split, document.source, index).folder_name
+            if not (place / TRACE).exists():
+                _run(cfg, model, served, writer, document, index, place)
+            advance()
+
+
+def _run(
+    cfg: DictConfig,
+    model: PreTrainedModel,
+    served: OffloadRuntime,
+    writer: StateWriter | None,
+    document: Document,
+    index: int,
+    place: Path,
+) -> None:
+    """One document; its trace is written last, so that a document that has one is complete."""
+    served.recorder = Recorder(served.geometry)
+    if writer is not None:
+        writer.begin(place)
+    n_passes = max(1, document.new_tokens)  # the first is the prompt's own
+    generate(model, document.token_ids, n_passes, temperature=cfg.workload.temperature, seed=cfg.seed + index)
+    if writer is not None:
+        if served.predictor is not writer:
+            raise ConfigError("writing states failed, as the warning above says: is the disk full?")
         writer.flush()
-        trace = served.recorder.trace({"model": model_folder.name, "fingerprint": store.fingerprint})
-        trace.save(folder / "trace.safetensors")
-    Console(stderr=True).print(f"{trace.n_tokens} tokens, {writer.n_shards} shards of hidden states: {folder}")
+    place.mkdir(parents=True, exist_ok=True)
+    served.recorder.trace({"document": document.name}).save(place / TRACE)
+
+
+def _index(cfg: DictConfig, documents: list[Document], fingerprint: str) -> dict[str, Any]:
+    """What `recording.json` says: all that must be the same for an interrupted recording to go on."""
+    tokens = hashlib.blake2b(digest_size=16)
+    for document in documents:
+        tokens.update(document.token_ids.numpy().tobytes() + document.new_tokens.to_bytes(4, "little"))
+    return {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "dtype": cfg.model.dtype,
+        "hidden_states": cfg.collect.hidden_states,
+        "temperature": cfg.workload.temperature,
+        "seed": cfg.seed,
+        "tokens": tokens.hexdigest(),
+        "documents": [{"name": d.name, "split": d.split, "source": d.source} for d in documents],
+    }
+
+
+def _continue_or_begin(folder: Path, index: dict[str, Any]) -> None:
+    found = read_index(folder)
+    if found is None:
+        write_json(folder / INDEX, index)
+        return
+    differing = [key for key in index if found.get(key) != index[key]]
+    if differing:
+        raise RecordingError(
+            f"{folder}: holds another recording (other {', '.join(differing)}); choose another hydra.run.dir, or delete it"
+        )
 
 
 if __name__ == "__main__":

@@ -82,6 +82,16 @@ class CollectConfig:
 
 
 @dataclass
+class DocumentsConfig:
+    source: str = MISSING  # workload | bundled
+    training: int = 0
+    held_out: int = 0
+    shifted: int = 0
+    prompt_tokens: int = 384
+    new_tokens: int = 0
+
+
+@dataclass
 class DecodeConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: Any = MISSING
@@ -96,7 +106,8 @@ class DecodeConfig:
     seed: int = 0
     check_tokens: bool = True
     timeline_forwards: int = 24
-    collect: CollectConfig | None = None  # read by experiments.collect alone
+    collect: CollectConfig | None = None  # this and `documents` are read by experiments.collect alone
+    documents: DocumentsConfig | None = None
 
 
 def register() -> None:
@@ -157,6 +168,11 @@ def validate(cfg: DictConfig) -> None:
         raise ConfigError(
             f"cache.prefetch_admission=policy, but {cfg.cache._target_} does not admit prefetches: use an slru cache, or staging"
         )
+
+
+def check_predictor(predictor: DictConfig) -> None:
+    """Raise ConfigError unless every knob of `predictor` is one of its class, of the declared type."""
+    _check_knobs("predictor", predictor)
 
 
 def compose_policy(cache: DictConfig, capacity: int, n_layers: int) -> Any:

@@ -54,6 +54,7 @@ class Predictor(ABC):
 
     needs_residual = False  # True: the runtime captures `LayerView.residual`
     needs_pre_attention = False  # True: the runtime captures `LayerView.pre_attention`
+    sees_every_call = False  # True: called even while every expert is on board and nothing can be prefetched
     name: str = ""
 
     def bind(self, model: ModelView) -> None:

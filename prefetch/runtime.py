@@ -50,6 +50,7 @@ class OffloadRuntime:
 
     def bind(self, model: ModelView) -> None:
         """Tell the predictor about the model. Called by `prefetch.model.attach`."""
+        self.model_fingerprint = model.fingerprint
         self.predictor.bind(model)
 
     def begin_forward(self, token_ids: Tensor, *, new_sequence: bool) -> None:
@@ -128,7 +129,7 @@ class OffloadRuntime:
 
         With every expert on board there is nothing to prefetch, and predicting would only cost time.
         """
-        if type(self.predictor) is NoPredictor or self.tier.holds_everything:
+        if type(self.predictor) is NoPredictor or (self.tier.holds_everything and not self.predictor.sees_every_call):
             return
         started = time.perf_counter()
         seen = LayerView(

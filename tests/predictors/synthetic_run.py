@@ -15,8 +15,11 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from predictors.base import LayerView, ModelView, Prediction, Predictor
+from predictors.fitting import FitOptions, fit
+from predictors.learned import LearnedPredictor
 from prefetch.trace import RoutingTrace
 
+STATES = ("hidden", "residual", "topk_ids", "topk_weights", "token_ids", "pre_attention")
 CONF = Path(__file__).resolve().parents[2] / "conf"
 N_LAYERS, N_EXPERTS, TOP_K, HIDDEN, PROMPT, DECODED = 4, 8, 2, 16, 5, 6
 
@@ -47,11 +50,12 @@ def make_run(n_sequences: int = 2, batch: int = 1, seed: int = 0) -> Run:
         for step in range(1 + DECODED):
             n_tokens = batch * (1 if step else PROMPT)
             token_ids = torch.randint(50, (n_tokens,), generator=random)
-            residual = torch.randn(n_tokens, HIDDEN, generator=random)
+            residual = before = torch.randn(n_tokens, HIDDEN, generator=random)
             for layer in range(N_LAYERS):
                 hidden = model.pre_moe_norm[layer](residual)
                 weights, ids = model.router_logits[layer](hidden).softmax(-1).topk(TOP_K)
-                views.append(LayerView(layer, step, sequence, hidden, residual, ids, weights, token_ids))
+                views.append(LayerView(layer, step, sequence, hidden, residual, ids, weights, token_ids, before))
+                before = torch.nn.functional.rms_norm(residual, (HIDDEN,))
                 residual = residual + 0.2 * torch.randn(n_tokens, HIDDEN, generator=random)
     return Run(model, views, record(views))
 
@@ -72,8 +76,24 @@ def record(views: list[LayerView]) -> RoutingTrace:
     )
 
 
+def views_per_layer(run: Run) -> list[LayerView]:
+    """What each layer saw over the whole run, as one view: the form in which predictors are trained."""
+    stacked = []
+    for layer in range(N_LAYERS):
+        views = [view for view in run.views if view.layer == layer]
+        states = {name: torch.cat([getattr(view, name) for view in views]) for name in STATES}
+        stacked.append(LayerView(layer, 0, 0, **states))
+    return stacked
+
+
 def show(predictor: Predictor, run: Run) -> Iterator[tuple[LayerView, list[Prediction]]]:
-    """Bind `predictor` and show it the run as the runtime would; yields its answer to each layer call."""
+    """Bind `predictor` and show it the run as the runtime would; yields its answer to each layer call.
+
+    One that is trained, and has not been, is trained on the run first: its YAML's weights are another model's.
+    """
+    if isinstance(predictor, LearnedPredictor) and predictor.network is None:
+        views = views_per_layer(run)
+        fit(predictor, run.model, views, views, FitOptions(epochs=2, batch_rows=8))
     if hasattr(predictor, "use_trace"):
         predictor.use_trace(run.trace)
     predictor.bind(run.model)
