@@ -22,16 +22,14 @@ from rich.console import Console
 from experiments import launch
 from experiments.atomic import write_json
 from experiments.config import ModelConfig, TrackingConfig, check_predictor, repository_path
+from experiments.model_view import load_model_view
 from experiments.progress import progress_bar
 from experiments.provenance import provenance
 from experiments.tracking import Tracker
-from predictors.base import ModelView
 from predictors.fitting import FitOptions, FitReport, fit, recalls
 from predictors.learned import LearnedPredictor
 from predictors.recording import RecordedDocument, Recording
 from prefetch.errors import ConfigError, RecordingError
-from prefetch.families import family_of, moe_geometry
-from prefetch.model import load_offloaded, model_view
 
 DTYPES = ("float32", "bfloat16")
 
@@ -72,7 +70,7 @@ def train(cfg: DictConfig, folder: Path) -> None:
     if not isinstance(predictor, LearnedPredictor):
         raise ConfigError(f"predictor={cfg.predictor._target_} is not trained: it needs no weights")
     recording = Recording(repository_path(cfg.recording))
-    model = load_model_view(cfg)
+    model, _ = load_model_view(cfg)
     recording.check_model(model)
     learned_from, held_out = split_by_source(recording.split(options.split), options.held_out_one_in)
     training, judged = recording.rows(learned_from, options.max_rows), recording.rows(held_out, options.max_rows)
@@ -106,13 +104,6 @@ def train(cfg: DictConfig, folder: Path) -> None:
     tracker.log({"best_held_out_recall": max(found.recalls), "seconds": found.seconds})
     tracker.finish()
     _print(predictor, found, weights)
-
-
-def load_model_view(cfg: DictConfig) -> ModelView:
-    """Routers, norms and sizes of the model that `cfg.model` names; no expert is loaded."""
-    folder, dtype = repository_path(cfg.model.path), getattr(torch, cfg.model.dtype)
-    model = load_offloaded(folder, dtype).requires_grad_(False)
-    return model_view(model, family_of(model.config), moe_geometry(model.config, dtype))
 
 
 def split_by_source(documents: list[RecordedDocument], one_in: int) -> tuple[list[RecordedDocument], list[RecordedDocument]]:

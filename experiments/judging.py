@@ -1,0 +1,101 @@
+"""Predictors without a running model: shown a recording through the same `predict` as live, so guesses are the same."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from predictors.base import LayerView, Prediction, Predictor
+from predictors.recording import RecordedDocument, Recording
+from prefetch.errors import PredictorError
+from prefetch.geometry import MoEGeometry
+from prefetch.recorder import Recorder
+from prefetch.trace import RoutingTrace
+
+
+@dataclass
+class Judged:
+    """What a predictor said about one document."""
+
+    trace: RoutingTrace  # routing and ranked guesses; residency is all False, see `experiments/residency.py`
+    scores: dict[int, list[Tensor]]  # target layer -> per forward pass scores [T, E], of predictions for the same pass
+    chosen: dict[int, list[Tensor]]  # likewise, 1 where the router selected the expert
+    decode_call_s: list[float] = field(default_factory=list)  # of each call that predicted for one token
+
+
+@torch.inference_mode()
+def judge(
+    predictor: Predictor, recording: Recording, documents: Sequence[RecordedDocument], geometry: MoEGeometry
+) -> Iterator[Judged]:
+    """Show `documents` to a bound `predictor`, document n as sequence n; yields one judgement each.
+
+    Raises:
+        PredictorError: it raised, or gave scores of a wrong shape or NaN. Live it would be switched off; a judgement is not made.
+    """
+    for sequence, document in enumerate(documents):
+        predictor.start_sequence()
+        yield _judge_one(predictor, recording.views(document, sequence), geometry)
+
+
+def _judge_one(predictor: Predictor, views: Iterable[LayerView], geometry: MoEGeometry) -> Judged:
+    recorder, nothing_resident = Recorder(geometry), np.zeros(geometry.n_experts, bool)
+    targets = range(geometry.n_layers)
+    scores: dict[int, list[Tensor]] = {target: [] for target in targets}
+    chosen: dict[int, list[Tensor]] = {target: [] for target in targets}
+    call_s: list[float] = []
+    pending: dict[int, Tensor] = {}  # target layer of this forward pass -> its latest, nearest scores
+    for seen in views:
+        if seen.layer == 0:
+            pending.clear()
+            recorder.begin_forward(seen.sequence, seen.step, seen.token_ids)
+        recorder.routed(seen.topk_ids, seen.topk_weights)
+        if seen.layer in pending:
+            scores[seen.layer].append(pending[seen.layer])
+            chosen[seen.layer].append(torch.zeros_like(pending[seen.layer]).scatter_(1, seen.topk_ids, 1.0))
+        began = time.perf_counter()
+        predictions = _guarded(predictor, seen)
+        ended = time.perf_counter()
+        if predictions and len(seen.token_ids) == 1:
+            call_s.append(ended - began)
+        for prediction in predictions:
+            _check(predictor, prediction, seen, geometry)
+            recorder.guessed(prediction, seen.layer, nothing_resident)
+            if prediction.layer > seen.layer:
+                pending[prediction.layer] = prediction.scores.float().expand(len(seen.token_ids), -1)
+        if seen.layer == geometry.n_layers - 1:
+            recorder.end_forward()
+    return Judged(recorder.trace({}), scores, chosen, call_s)
+
+
+def samples(judged: Iterable[Judged]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Target layer -> (scores [N, E], chosen [N, E]) over all judgements, for layers that were predicted."""
+    scores: dict[int, list[Tensor]] = {}
+    chosen: dict[int, list[Tensor]] = {}
+    for one in judged:
+        for target, parts in one.scores.items():
+            scores.setdefault(target, []).extend(parts)
+            chosen.setdefault(target, []).extend(one.chosen[target])
+    return {target: (torch.cat(parts), torch.cat(chosen[target])) for target, parts in scores.items() if parts}
+
+
+def _guarded(predictor: Predictor, seen: LayerView) -> list[Prediction]:
+    try:
+        return predictor.predict(seen)
+    except (ValueError, RuntimeError, IndexError, KeyError, AssertionError, AttributeError, TypeError) as error:
+        raise PredictorError(
+            f"predictor {predictor.name} failed at MoE layer {seen.layer} ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _check(predictor: Predictor, prediction: Prediction, seen: LayerView, geometry: MoEGeometry) -> None:
+    n_tokens, scores = len(seen.token_ids), prediction.scores
+    if scores.shape not in ((n_tokens, geometry.n_experts), (1, geometry.n_experts)) or bool(scores.isnan().any()):
+        raise PredictorError(
+            f"predictor {predictor.name}, MoE layer {seen.layer}: scores of shape {tuple(scores.shape)} or NaN; expected "
+            f"({n_tokens} or 1, {geometry.n_experts}) numbers"
+        )
