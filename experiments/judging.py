@@ -43,7 +43,7 @@ def judge(
 
 
 def _judge_one(predictor: Predictor, views: Iterable[LayerView], geometry: MoEGeometry) -> Judged:
-    recorder, nothing_resident = Recorder(geometry), np.zeros(geometry.n_experts, bool)
+    recorder, nothing_resident = Recorder(geometry), np.full(geometry.n_experts, -1, np.int32).tobytes()
     targets = range(geometry.n_layers)
     scores: dict[int, list[Tensor]] = {target: [] for target in targets}
     chosen: dict[int, list[Tensor]] = {target: [] for target in targets}

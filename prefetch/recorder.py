@@ -64,14 +64,14 @@ class Forward:
 
 @dataclass(frozen=True)
 class Guess:
-    """One prediction as it was made: scores for `layer` of forward (sequence, step), and what was in slots then."""
+    """One prediction as it was made: scores for `layer` of forward (sequence, step), and which slots held its experts then."""
 
     sequence: int
     step: int
     layer: int
     lookahead: int
     scores: Tensor  # [T or 1, E]
-    resident: np.ndarray  # bool [E]
+    slots: bytes  # int32 [E], -1 = absent, as `SlotPool.slots_of` gives it
 
 
 def phase_of(step: int) -> str:
@@ -106,8 +106,8 @@ class Recorder:
         self.forwards[-1].topk_ids.append(topk_ids)
         self.forwards[-1].topk_weights.append(topk_weights)
 
-    def guessed(self, prediction: Prediction, source_layer: int, resident: np.ndarray) -> None:
-        """A predictor's scores, made at `source_layer` of the forward pass under way."""
+    def guessed(self, prediction: Prediction, source_layer: int, slots: bytes) -> None:
+        """A predictor's scores, made at `source_layer` of the forward pass under way; `slots` of the layer they are for."""
         now = self.forwards[-1]
         ahead = prediction.layer - source_layer
         wraps = ahead <= 0  # meant for the next forward pass
@@ -118,7 +118,7 @@ class Recorder:
                 prediction.layer,
                 ahead + wraps * self.geometry.n_layers,
                 prediction.scores,
-                resident,
+                slots,
             )
         )
 
@@ -197,7 +197,7 @@ class Recorder:
             if len(ranked) not in (1, n_tokens):
                 continue  # scores per prompt token say nothing about the one token that follows
             guesses[guess.lookahead][row : row + n_tokens, guess.layer] = ranked
-            resident[guess.lookahead][row : row + n_tokens, guess.layer] = guess.resident
+            resident[guess.lookahead][row : row + n_tokens, guess.layer] = np.frombuffer(guess.slots, np.int32) >= 0
         return {"guesses": dict(guesses), "resident": dict(resident)}
 
 

@@ -137,11 +137,12 @@ class OffloadRuntime:
         )
         predictions = self._guarded_predictions(seen)
         for prediction in predictions:
-            self.recorder.guessed(prediction, layer, self.tier.pool.resident(prediction.layer))
-        lookahead = {p.layer: (p.layer - layer - 1) % self.geometry.n_layers + 1 for p in predictions}
-        in_use = {self.keys[layer][e] for e in work.experts}
-        for key in self.planner.plan(predictions, self._tier_view()) if predictions else ():
-            self.tier.stage(key, lookahead[key.layer], in_use)
+            self.recorder.guessed(prediction, layer, self.tier.pool.slots_of(prediction.layer))
+        planned = self.planner.plan(predictions, self._tier_view()) if predictions else []
+        if planned:
+            in_use = {self.keys[layer][e] for e in work.experts}
+            for key in planned:
+                self.tier.stage(key, (key.layer - layer - 1) % self.geometry.n_layers + 1, in_use)
         timer.predictor_s += time.perf_counter() - started
 
     def _guarded_predictions(self, seen: LayerView) -> list[Prediction]:

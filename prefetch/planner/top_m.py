@@ -13,6 +13,8 @@ from prefetch.errors import ConfigError
 from prefetch.geometry import ExpertKey, MoEGeometry
 from prefetch.planner.base import FastTierView, Planner
 
+CONSIDERED_ONE_IN = 11  # plans, while holding back; a prime, so that every layer gets its turn
+
 
 @dataclass
 class TopM(Planner):
@@ -33,20 +35,23 @@ class TopM(Planner):
     def bind(self, geometry: MoEGeometry) -> None:
         """Resolve `m` against the model."""
         super().bind(geometry)
+        self.n_held_back = 0
+        self.keys = [[ExpertKey(layer, e) for e in range(geometry.n_experts)] for layer in range(geometry.n_layers)]
         m = geometry.top_k if self.m is None else self.m
         self.n_wanted = min(m + self.extra, geometry.n_experts)
 
     def plan(self, predictions: Sequence[Prediction], tier: FastTierView) -> list[ExpertKey]:
         """The wanted experts that are not on board, in the order of `predictions`, then likeliest first.
 
-        A wrong prefetch costs the link, the fast tier and this thread. While guesses mostly miss, the plan is made but not
-        carried out: the fast tier only notes how it would have done, so that a predictor which gets better is noticed.
+        A wrong prefetch costs the link, the fast tier and this thread. While guesses mostly miss, only one plan in some is made,
+        and not carried out: the fast tier notes how it would have done, so that a predictor which gets better is noticed.
         """
-        chosen = self._choose(predictions, tier)
         if tier.useful_share >= self.min_useful_share:
-            return chosen
-        for key in chosen:
-            tier.consider(key)
+            return self._choose(predictions, tier)
+        if self.n_held_back % CONSIDERED_ONE_IN == 0:
+            for key in self._choose(predictions, tier):
+                tier.consider(key)
+        self.n_held_back += 1
         return []
 
     def _choose(self, predictions: Sequence[Prediction], tier: FastTierView) -> list[ExpertKey]:
@@ -55,8 +60,9 @@ class TopM(Planner):
         for prediction in predictions:
             if len(chosen) >= room:
                 break
+            keys = self.keys[prediction.layer]
             for expert in likeliest(prediction.scores, self.n_wanted):
-                key = ExpertKey(prediction.layer, expert)
+                key = keys[expert]
                 if not tier.on_board(key):
                     chosen[key] = None
         return list(chosen)[:room]
