@@ -392,7 +392,6 @@ def test_no_prefetch_begins_while_a_demand_load_moves(start):
     source.await_reads(4)
     transfers.promote(prefetches[0])  # it is running: from now on it is a demand load as well
     last = transfers.submit(A, 4, demand=False)
-    source.allow(2)
-    settle(transfers, *prefetches)
     source.open()
-    settle(transfers, last)
+    settle(transfers, *prefetches, last)
+    assert all(transfer.state is TransferState.DONE for transfer in (*prefetches, last))
