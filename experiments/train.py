@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from hydra.core.config_store import ConfigStore
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 from rich.console import Console
 
@@ -66,9 +66,9 @@ def train(cfg: DictConfig, folder: Path) -> None:
     """Train `cfg.predictor` and write its weights and `training.json`."""
     options = _checked(cfg)
     torch.set_num_threads(cfg.n_threads)
-    predictor = instantiate(cfg.predictor, weights=None)
-    if not isinstance(predictor, LearnedPredictor):
+    if not issubclass(get_class(cfg.predictor._target_), LearnedPredictor):
         raise ConfigError(f"predictor={cfg.predictor._target_} is not trained: it needs no weights")
+    predictor: LearnedPredictor = instantiate(cfg.predictor, weights=None)
     recording = Recording(repository_path(cfg.recording))
     model, _ = load_model_view(cfg)
     recording.check_model(model)

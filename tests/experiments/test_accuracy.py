@@ -12,36 +12,21 @@ import pandas as pd
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-SIZES = [
-    "documents.training=6",
-    "documents.held_out=3",
-    "documents.shifted=2",
-    "documents.prompt_tokens=40",
-    "documents.new_tokens=6",
-]
 PREDICTORS = "predictors=[popularity,gate_reuse,'gate_reuse lookahead=2',corrected_gate,oracle]"
 SMALL = ["held_out_one_in=2", "bootstrap=50", "tracking=disabled"]
 
 
-def run(module: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+def run(*overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", module, *overrides], cwd=REPOSITORY, capture_output=True, text=True, timeout=240,
+        [sys.executable, "-m", "experiments.accuracy", *overrides], cwd=REPOSITORY, capture_output=True, text=True, timeout=240,
         env=dict(os.environ),
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("recording")
-    done = run("experiments.collect", "documents=bundled", *SIZES, "collect.hidden_states=true", f"hydra.run.dir={folder}")
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finished(recording: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(small_recording: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("accuracy")
-    done = run("experiments.accuracy", PREDICTORS, f"recording={recording}", *SMALL, f"hydra.run.dir={folder}")
+    done = run(PREDICTORS, f"recording={small_recording}", *SMALL, f"hydra.run.dir={folder}")
     assert done.returncode == 0, done.stderr
     assert "recall@4" in done.stderr and "Traceback" not in done.stderr
     return folder
@@ -101,8 +86,8 @@ def test_costs_count_what_the_networks_hold(finished: Path) -> None:
         (["recording=nowhere"], "nowhere: no recording.json in it"),
     ],
 )
-def test_a_mistake_is_one_clear_line(overrides: list[str], message: str, recording: Path, tmp_path: Path) -> None:
-    done = run("experiments.accuracy", f"recording={recording}", *SMALL, f"hydra.run.dir={tmp_path}", *overrides)
+def test_a_mistake_is_one_clear_line(overrides: list[str], message: str, small_recording: Path, tmp_path: Path) -> None:
+    done = run(f"recording={small_recording}", *SMALL, f"hydra.run.dir={tmp_path}", *overrides)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
