@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ class LearnedPredictor(Predictor):
 
     lookahead: int = 1  # layers between the observation and its one target
     weights: str | None = None  # safetensors file that experiments.train wrote; null = to be trained
+    while_running: ClassVar[frozenset[str]] = frozenset({"weights"})  # knobs that the weights do not depend on
     network: nn.Module | None = field(default=None, init=False, repr=False)
     calibration: Calibration | None = field(default=None, init=False, repr=False)
 
@@ -109,7 +110,7 @@ class LearnedPredictor(Predictor):
 
     def knobs(self) -> dict[str, Any]:
         """The configuration that the weights belong to."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "weights"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in self.while_running}
 
     def identity(self) -> dict[str, Any]:
         """What must be the same where weights are trained and where they are used."""

@@ -8,7 +8,8 @@ reimplementation's description: features u = [PCA(h); multi-hot of this layer's 
     middle layers: v = gelu(W1 u), r = W3 drop(gelu(W2 v)), s = sigmoid(Wg PCA(h)), W4 drop(v + s * r)     loss: mean BCE
 
 with q_e the inverse of how often expert e is used. The paper projects 4096 numbers to 256 (outer) and 512 (middle); the
-defaults here suit the bundled model's 192. Its online update and its table of hot experts are not part of this file.
+defaults here suit the bundled model's 192. Its online update is `predictors/online_update.py`, off unless a threshold is set; its table
+of hot experts fills the cache before a run and is no part of prediction.
 
 Cost: outer rank * H + width * (rank + 3 E), middle another width * (2 width + rank) parameters; 2 FLOPs each per token.
 """
@@ -16,14 +17,16 @@ Cost: outer rank * H + width * (rank + 3 E), middle another width * (2 width + r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, gelu
 
-from predictors.base import LayerView
+from predictors.base import LayerView, ModelView, Prediction
 from predictors.learned import LearnedPredictor, OneHeadPerTarget, Truth
+from predictors.online_update import OnlineUpdate
 from prefetch.errors import ConfigError
 
 GROUP_SHARE = 1 / 6  # of all layers that form the input group, and likewise the output group: 8 of 48 in the reimplementation
@@ -40,8 +43,49 @@ class PreScope(LearnedPredictor):
     dropout: float = 0.1
     input_layers: int | None = None  # observing layers in the input group; null = a sixth of all, at least 1
     output_layers: int | None = None  # in the output group
+    online_threshold: float | None = (
+        None  # learn while running when more guesses than this share are wrong (paper: 0.1); null = never
+    )
+    online_window: int = 64  # tokens over which errors are counted
+    online_learning_rate: float = 1e-3
+    while_running: ClassVar[frozenset[str]] = frozenset(
+        {"weights", "online_threshold", "online_window", "online_learning_rate"}
+    )
+    online: OnlineUpdate | None = field(default=None, init=False, repr=False)
 
     name = "prescope"
+
+    def __post_init__(self) -> None:
+        if self.online_threshold is not None and not 0 <= self.online_threshold <= 1:
+            raise ConfigError(f"predictor.online_threshold={self.online_threshold}: it must be from 0 to 1, or null")
+        if self.online_window < 1 or not self.online_learning_rate > 0:
+            raise ConfigError(
+                f"predictor.online_window={self.online_window} must be at least 1, and "
+                f"predictor.online_learning_rate={self.online_learning_rate} above 0"
+            )
+
+    def bind(self, model: ModelView) -> None:
+        """As every trained predictor; what was learned in an earlier run is forgotten."""
+        if self.online is not None:
+            self.network = self.online.trained
+        super().bind(model)
+        if self.online_threshold is not None:
+            self.online = OnlineUpdate(self, self.online_threshold, self.online_window, self.online_learning_rate)
+
+    def start_sequence(self) -> None:
+        """Guesses of the last sequence are void."""
+        if self.online is not None:
+            self.online.start_sequence()
+
+    def predict(self, seen: LayerView) -> list[Prediction]:
+        """As every trained predictor, after learning from how the last guess for this layer turned out."""
+        if self.online is None:
+            return super().predict(seen)
+        self.online.routed(seen)
+        predictions = super().predict(seen)
+        for prediction in predictions:
+            self.online.predicted(seen, prediction.layer, prediction.scores)
+        return predictions
 
     def build(self) -> nn.Module:
         """One network per target layer, by the group of the layer that observes.
@@ -49,27 +93,28 @@ class PreScope(LearnedPredictor):
         Raises:
             ConfigError: the two outer groups overlap.
         """
-        self.outer_sources = self._outer_sources()
-        return OneHeadPerTarget({target: self._head(source) for target, source in self.targets().items()})
+        outer = self._outer_sources()
+        return OneHeadPerTarget({target: self._head(source in outer) for target, source in self.targets().items()})
 
     def prepare(self, network: nn.Module, views: Sequence[LayerView]) -> None:
         """Fit every PCA, and how often each expert is used."""
         assert isinstance(network, OneHeadPerTarget)
-        self.balance: dict[int, Tensor] = {}
         for target, source in self.targets().items():
             head = network.heads[str(target)]
-            assert isinstance(head, OuterHead | MiddleHead)
+            assert isinstance(head, OuterHead)
             head.project.fit(views[source].hidden)
-            self.balance[target] = balancing_weights(views[target].topk_ids, self.model.n_experts)
+            head.balance.copy_(balancing_weights(views[target].topk_ids, self.model.n_experts))
 
     def loss(self, logits: Tensor, truth: Truth) -> Tensor:
         """Mean BCE in the middle; in the outer groups expert balancing plus focal loss."""
-        chosen = truth.chosen
-        if truth.layer - self.lookahead not in self.outer_sources:
+        assert isinstance(self.network, OneHeadPerTarget)
+        head, chosen = self.network.heads[str(truth.layer)], truth.chosen
+        assert isinstance(head, OuterHead)
+        if isinstance(head, MiddleHead):
             return binary_cross_entropy_with_logits(logits, chosen)
         bce = binary_cross_entropy_with_logits(logits, chosen, reduction="none")
         p_true = torch.exp(-bce)
-        return (self.balance[truth.layer] * bce).mean() + ((1 - p_true) ** 2 * bce).mean()
+        return (head.balance * bce).mean() + ((1 - p_true) ** 2 * bce).mean()
 
     def _outer_sources(self) -> set[int]:
         sources = sorted(self.targets().values())
@@ -84,8 +129,7 @@ class PreScope(LearnedPredictor):
             )
         return set(sources[:n_input]) | set(sources[len(sources) - n_output :])
 
-    def _head(self, source: int) -> nn.Module:
-        outer = source in self.outer_sources
+    def _head(self, outer: bool) -> nn.Module:
         rank = min(self.outer_rank if outer else self.middle_rank, self.model.hidden_size)
         make = OuterHead if outer else MiddleHead
         return make(self.model.hidden_size, rank, self.model.n_experts, self.width, self.dropout)
@@ -118,9 +162,12 @@ class Projection(nn.Module):
 class OuterHead(nn.Module):
     """The shallow network of the input and output group."""
 
+    balance: Tensor  # [E], q_e of the target's experts, by which the outer groups' loss weighs
+
     def __init__(self, hidden_size: int, rank: int, n_experts: int, width: int, dropout: float):
         super().__init__()
         self.n_experts = n_experts
+        self.register_buffer("balance", torch.ones(n_experts))
         self.project = Projection(hidden_size, rank)
         self.enter = nn.Linear(rank + 2 * n_experts, width)
         self.drop = nn.Dropout(dropout)
