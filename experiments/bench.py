@@ -25,7 +25,7 @@ import torch
 from accelerate import dispatch_model
 from omegaconf import DictConfig
 from rich.console import Console
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from experiments import launch
 from experiments.arm import build_source, run_arm, runtime
@@ -38,7 +38,7 @@ from experiments.provenance import provenance
 from experiments.workload import Batch, load_batches
 from prefetch.accounting import summarise
 from prefetch.geometry import ExpertKey
-from prefetch.model import attach, load_offloaded, quiet_transformers
+from prefetch.model import attach, load_offloaded, load_whole
 from prefetch.slots import SlotPool
 from prefetch.store import ExpertStore
 from prefetch.transfers.threads import ThreadTransfers
@@ -260,8 +260,7 @@ def _decode_steps_s(
 
 
 def _plain(folder: Path, dtype: torch.dtype, implementation: str) -> PreTrainedModel:
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model = load_whole(folder, dtype)
     model.set_experts_implementation(implementation)
     return model
 

@@ -20,7 +20,6 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from transformers import AutoModelForCausalLM
 
 from experiments import launch, plots, tables
 from experiments.arm import ArmRun, build_source, run_arm, slot_budget
@@ -31,13 +30,14 @@ from experiments.link_rate import measured_bytes_per_s
 from experiments.progress import progress_bar
 from experiments.provenance import provenance
 from experiments.results import BASELINE, BELADY, BOUND, PREDICTOR, ArmResult, Quality, Results
+from experiments.shipped_predictor import announcement, default_predictor, shipped_pre_gates
 from experiments.timeline import write_timeline
 from experiments.tracking import Tracker
 from experiments.workload import Batch, load_batches
 from prefetch.accounting import summarise, violations
 from prefetch.cache.belady import belady_hits
 from prefetch.errors import ConfigError, GatecastError, TokenMismatchError
-from prefetch.model import load_offloaded, quiet_transformers
+from prefetch.model import load_offloaded, load_whole
 from prefetch.recorder import RunRecord
 from prefetch.store import ExpertStore
 from prefetch.trace import RoutingTrace
@@ -92,7 +92,8 @@ def decode(cfg: DictConfig, folder: Path) -> None:
                     arm.repeats.append(summarise(measured, link_bytes_per_s))
                     arm.last = run
                 advance()
-    results = _results(cfg, arms, store, link_bytes_per_s, reference is not None)
+    rerouted = model.pre_gates is not None and model.pre_gates.route
+    results = _results(cfg, arms, store, link_bytes_per_s, lossless=reference is not None and not rerouted)
     _write(cfg, results, arms, folder)
 
 
@@ -107,11 +108,15 @@ def compose_arms(cfg: DictConfig) -> dict[str, Measured]:
     named = {name: overrides for name, overrides in cfg.arms.items() if overrides is not None}
     if not named:
         raise ConfigError("no arm is left: name at least one, e.g. \"+arms.mine=['predictor=gate_reuse']\"")
+    pre_gates = shipped_pre_gates(repository_path(cfg.model.path))
+    if pre_gates is not None:
+        console.print(announcement(pre_gates))
     arms: dict[str, Measured] = {}
     for name, overrides in named.items():
         chosen = {override.split("=")[0] for override in overrides}
         kept = [override for override in given if _applies(override, chosen)]
-        arm_cfg = compose(hydra_cfg.job.config_name, overrides=[*kept, *overrides])
+        own = [*kept, *overrides]
+        arm_cfg = compose(hydra_cfg.job.config_name, overrides=[*own, *default_predictor(pre_gates, own)])
         try:
             validate(arm_cfg)
         except ConfigError as error:
@@ -164,8 +169,7 @@ def workload_batches(cfg: DictConfig, model_folder: Path) -> list[Batch]:
 
 def _reference(cfg: DictConfig, model_folder: Path, dtype: torch.dtype, batches: list[Batch]) -> list[Generation]:
     """What the unmodified model says, as transformers runs it."""
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).eval()
+    model = load_whole(model_folder, dtype)
     with progress_bar("unmodified model", len(batches)) as advance:
         generations = []
         for generation in generate_all(model, batches, cfg.workload, cfg.seed):
@@ -211,7 +215,7 @@ def after_warmup(record: RunRecord, n_batches: int) -> RunRecord:
 
 
 def _results(
-    cfg: DictConfig, arms: dict[str, Measured], store: ExpertStore, link_bytes_per_s: float, compared: bool
+    cfg: DictConfig, arms: dict[str, Measured], store: ExpertStore, link_bytes_per_s: float, *, lossless: bool
 ) -> Results:
     any_run = next(arm.last for arm in arms.values() if arm.last is not None)
     budget = slot_budget(next((a.cfg for a in arms.values() if a.role == BASELINE), cfg), store.geometry)
@@ -229,7 +233,7 @@ def _results(
                 arm.role,
                 arm.repeats,
                 _quality(arm.last, cfg.workload.warmup_batches),
-                lossless=compared,
+                lossless=lossless,
                 emulated=arm.cfg.tier.link is not None,
             )
             for name, arm in arms.items()

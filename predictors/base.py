@@ -6,11 +6,22 @@ It knows hidden states, routings and token ids. It knows no cache, no link, no c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PreGateView:
+    """The gates that a model ships for layers `level` further on."""
+
+    level: int
+    route: bool  # they are what routes those layers, instead of routers of their own
+    logits: Mapping[
+        int, Callable[[Tensor], Tensor]
+    ]  # target layer -> router input of the layer `level` before, [T, H] -> [T, E]
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,7 @@ class ModelView:
     router_logits: Sequence[Callable[[Tensor], Tensor]]  # per layer: normalised hidden [T, H] -> logits [T, E]
     pre_moe_norm: Sequence[Callable[[Tensor], Tensor]]  # per layer: residual [T, H] -> router input [T, H]
     fingerprint: str = ""  # identifies the routers' weights, whatever dtype they run in
+    pre_gates: PreGateView | None = None  # where the checkpoint ships them
 
 
 @dataclass(frozen=True)

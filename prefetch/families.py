@@ -34,6 +34,7 @@ class Family:
     pre_attention_norm: str = "input_layernorm"  # attribute of a decoder layer
     experts: str = "experts"  # attribute of the MoE block
     router: str = "gate"  # attribute of the MoE block; its `weight` is [E, H]
+    pre_gate: str = "model.layers.{layer}.mlp.pre_gate.weight"  # [E, H], where a checkpoint ships pre-gates
 
 
 QWEN_EXPERT = "model.layers.{layer}.mlp.experts.{expert}."
@@ -62,6 +63,7 @@ FAMILIES = (
         up=MIXTRAL_EXPERT + "w3.weight",
         down=MIXTRAL_EXPERT + "w2.weight",
         intermediate_size="intermediate_size",
+        pre_gate="model.layers.{layer}.block_sparse_moe.pre_gate.weight",
     ),
 )
 

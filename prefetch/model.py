@@ -7,8 +7,9 @@ materialised, and their forward goes to the `OffloadRuntime` through transformer
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from predictors.base import ModelView
+from predictors.base import ModelView, PreGateView
+from prefetch.checkpoint import Checkpoint
 from prefetch.errors import CheckpointError, UnsupportedModelError
 from prefetch.families import Family, family_of, moe_layer_indices
 from prefetch.geometry import MoEGeometry
+from prefetch.pre_gate import PreGates, read_pre_gates
+from prefetch.pre_gated_routing import route_by
 from prefetch.runtime import OffloadRuntime
 
 IMPLEMENTATION = "gatecast"  # the name under which our experts forward is registered with transformers
@@ -32,7 +36,7 @@ def load_offloaded(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
     Raises:
         UnsupportedModelError: no family knows where this architecture keeps its experts, or it is not a SwiGLU MoE.
-        CheckpointError: non-expert weights are missing from the checkpoint.
+        CheckpointError: non-expert weights are missing from the checkpoint, or it ships pre-gates that do not fit it.
     """
     config = AutoConfig.from_pretrained(folder)
     family = family_of(config)
@@ -45,6 +49,19 @@ def load_offloaded(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     if report["missing_keys"]:
         raise CheckpointError(f"{folder}: the checkpoint lacks {', '.join(sorted(report['missing_keys'])[:5])}")
     model.set_experts_implementation(IMPLEMENTATION)
+    _use_pre_gates(model, folder)
+    return model.eval()
+
+
+def load_whole(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in `folder` with all its experts, as transformers runs it, in evaluation mode: what offloading must equal.
+
+    Raises:
+        CheckpointError: it ships pre-gates that do not fit it.
+    """
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    _use_pre_gates(model, folder)
     return model.eval()
 
 
@@ -82,6 +99,7 @@ def model_view(model: PreTrainedModel, family: Family, geometry: MoEGeometry) ->
         [_logits_of(router) for router in routers],
         [norm.forward for norm in pre_moe_norms(model, family)],  # not called as modules: that would fire our own hooks
         _fingerprint(routers),
+        _pre_gate_view(model.pre_gates, routers) if model.pre_gates is not None else None,
     )
 
 
@@ -98,6 +116,29 @@ def pre_moe_norms(model: PreTrainedModel, family: Family) -> list[nn.Module]:
 def _moe_layers(model: PreTrainedModel) -> list[nn.Module]:
     layers = model.get_decoder().layers
     return [layers[i] for i in moe_layer_indices(model.config)]
+
+
+def _use_pre_gates(model: PreTrainedModel, folder: Path) -> None:
+    """Take the checkpoint's pre-gates, None where it ships none, and let them decide where it says so."""
+    model.pre_gates = read_pre_gates(Checkpoint(folder))
+    if model.pre_gates is not None and model.pre_gates.route:
+        family = family_of(model.config)
+        route_by([getattr(block, family.router) for block in moe_blocks(model, family)], model.pre_gates)
+
+
+def _pre_gate_view(pre_gates: PreGates, routers: list[Any]) -> PreGateView:
+    """Where the heads route, their logits are the router's own, to the bit."""
+    logits: Mapping[int, Callable[[Tensor], Tensor]]
+    if pre_gates.route:
+        logits = {target: _logits_of(routers[target]) for target in range(pre_gates.level, len(routers))}
+    else:
+        heads = enumerate(pre_gates.heads, start=pre_gates.level)
+        logits = {target: partial(_head_logits, head.float()) for target, head in heads}
+    return PreGateView(pre_gates.level, pre_gates.route, logits)
+
+
+def _head_logits(head: Tensor, hidden: Tensor) -> Tensor:
+    return nn.functional.linear(hidden.float(), head)
 
 
 def _fingerprint(routers: list[Any]) -> str:

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor
 
-from predictors.base import LayerView, ModelView, Prediction, Predictor
+from predictors.base import LayerView, ModelView, Prediction, Predictor, PreGateView
 from predictors.fitting import FitOptions, fit
 from predictors.learned import LearnedPredictor
 from prefetch.trace import RoutingTrace
@@ -44,6 +44,9 @@ def make_run(n_sequences: int = 2, batch: int = 1, seed: int = 0) -> Run:
         HIDDEN,
         [partial(torch.nn.functional.linear, weight=router) for router in routers],
         [lambda residual: torch.nn.functional.rms_norm(residual, (HIDDEN,))] * N_LAYERS,
+        pre_gates=PreGateView(
+            1, False, {n: partial(torch.nn.functional.linear, weight=routers[n]) for n in range(1, N_LAYERS)}
+        ),
     )
     views = []
     for sequence in range(n_sequences):
