@@ -47,7 +47,7 @@ class PreScope(LearnedPredictor):
         None  # learn while running when more guesses than this share are wrong (paper: 0.1); null = never
     )
     online_window: int = 64  # tokens over which errors are counted
-    online_learning_rate: float = 1e-3
+    online_learning_rate: float = 1e-4
     while_running: ClassVar[frozenset[str]] = frozenset(
         {"weights", "online_threshold", "online_window", "online_learning_rate"}
     )
