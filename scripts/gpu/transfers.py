@@ -1,0 +1,67 @@
+"""Moving experts to the GPU: copies from pinned memory by the copy engine, and kernels that read pinned memory in place."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kernels.decode_mlp import decode_mlp
+from kernels.moe_call import MoECall
+from kernels.slot_table import ExpertTable, addresses_of
+from scripts.gpu.shapes import MoEShape
+
+N_REPEATS = 20
+MAX_PINNED_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class TransferRate:
+    """One way to move, or to read in place, experts of one shape; bytes per second, median, over `n_experts` at a time."""
+
+    shape: str
+    way: str  # "copy engine" | "read in place by decode_mlp"
+    row_bytes: int
+    n_experts: int
+    bytes_per_s: float
+
+
+def transfer_rates(shape: MoEShape, dtype: torch.dtype) -> list[TransferRate]:
+    """Both ways, for as many experts as one token of the model needs and pinned memory allows."""
+    geometry = shape.geometry(dtype)
+    n_experts = max(1, min(shape.top_k, MAX_PINNED_BYTES // geometry.row_bytes))
+    pinned = torch.zeros(n_experts, geometry.row_bytes, dtype=torch.uint8, pin_memory=True)
+    slots = torch.empty_like(pinned, device="cuda")
+
+    def copy() -> None:
+        for expert in range(n_experts):  # one copy an expert, as the runtime does
+            slots[expert].copy_(pinned[expert], non_blocking=True)
+
+    table = ExpertTable(geometry, (pinned,), addresses_of(pinned)[None].cuda())
+    x = torch.ones(1, shape.hidden, dtype=dtype, device="cuda")
+    ids = torch.arange(n_experts, device="cuda")[None]
+    call = MoECall(x, ids, torch.full((1, n_experts), 1 / n_experts, device="cuda"), table, 0)
+
+    def read_in_place() -> None:
+        decode_mlp(call)
+
+    n_bytes = pinned.numel()
+    return [
+        TransferRate(shape.name, way, geometry.row_bytes, n_experts, n_bytes / _median_s(run))
+        for way, run in (("copy engine", copy), ("read in place by decode_mlp", read_in_place))
+    ]
+
+
+def _median_s(run: Callable[[], None]) -> float:
+    run()
+    times = []
+    for _ in range(N_REPEATS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times)
