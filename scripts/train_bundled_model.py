@@ -79,16 +79,18 @@ class SortedExperts(torch.autograd.Function):
         return out[place].view(*topk_ids.shape, -1).to(hidden.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor | None, Tensor | None]:
         rows, gate_up, down, inner, activated, place = ctx.saved_tensors
         n_tokens, top_k, _ = grads[0].shape
         grad_out = torch.zeros_like(rows)
         grad_out[place] = grads[0].reshape(n_tokens * top_k, -1).bfloat16()
         grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
+        learns = any(ctx.needs_input_grad[2:])  # not where only routers are fine-tuned
         grad_activated = torch.empty_like(activated)
         for e, span in ctx.spans:
             torch.mm(grad_out[span], down[e], out=grad_activated[span])
-            torch.mm(grad_out[span].t(), activated[span], out=grad_down[e])
+            if learns:
+                torch.mm(grad_out[span].t(), activated[span], out=grad_down[e])
         gate, up = inner.chunk(2, dim=-1)
         sigmoid = torch.sigmoid(gate)
         silu = gate * sigmoid
@@ -97,9 +99,10 @@ class SortedExperts(torch.autograd.Function):
         grad_rows = torch.empty_like(rows)
         for e, span in ctx.spans:
             torch.mm(grad_inner[span], gate_up[e], out=grad_rows[span])
-            torch.mm(grad_inner[span].t(), rows[span], out=grad_gate_up[e])
+            if learns:
+                torch.mm(grad_inner[span].t(), rows[span], out=grad_gate_up[e])
         grad_hidden = grad_rows[place].view(n_tokens, top_k, -1).sum(1, dtype=grads[0].dtype)
-        return grad_hidden, None, grad_gate_up.float(), grad_down.float()
+        return grad_hidden, None, grad_gate_up.float() if learns else None, grad_down.float() if learns else None
 
 
 def _places(experts: Tensor, n_experts: int) -> tuple[Tensor, list[tuple[int, slice]]]:
