@@ -35,6 +35,7 @@ class Popularity(Predictor):
         check_lookahead(self.lookahead, model.n_layers)
         # [1, E] each. Replaced, not changed: records keep them.
         self.counts: list[Tensor | None] = [None] * model.n_layers
+        self.one_each = torch.ones(1, model.top_k)  # made once: this runs in every layer call
 
     def predict(self, seen: LayerView) -> list[Prediction]:
         """Count this layer's routing, then rank coming layers by their counts: [1, E] each."""
@@ -49,7 +50,10 @@ class Popularity(Predictor):
             counts = torch.zeros(1, self.model.n_experts, device=topk_ids.device)
         if self.decay < 1.0:
             counts = counts * self.decay**n_tokens
-        if self.decay == 1.0 or n_tokens == 1:
+        if n_tokens == 1:
+            self.counts[layer] = counts.scatter_add(1, topk_ids, self.one_each.to(counts.device))
+            return
+        if self.decay == 1.0:
             worth = counts.new_ones(1, n_tokens * top_k)
         else:
             age = torch.arange(n_tokens - 1, -1, -1, device=topk_ids.device)
