@@ -23,7 +23,7 @@ class Judged:
     """What a predictor said about one document."""
 
     trace: RoutingTrace  # routing and ranked guesses; residency is all False, see `experiments/residency.py`
-    scores: dict[int, list[Tensor]]  # target layer -> per forward pass scores [T, E], of predictions for the same pass
+    scores: dict[int, list[Tensor]]  # target layer -> per forward pass scores [T, E], the latest given for it
     chosen: dict[int, list[Tensor]]  # likewise, 1 where the router selected the expert
     decode_call_s: list[float] = field(default_factory=list)  # of each call that predicted for one token
 
@@ -48,15 +48,17 @@ def _judge_one(predictor: Predictor, views: Iterable[LayerView], geometry: MoEGe
     scores: dict[int, list[Tensor]] = {target: [] for target in targets}
     chosen: dict[int, list[Tensor]] = {target: [] for target in targets}
     call_s: list[float] = []
-    pending: dict[int, Tensor] = {}  # target layer of this forward pass -> its latest, nearest scores
+    pending: dict[int, Tensor] = {}  # target layer of this forward pass -> its latest, nearest scores, [T or 1, E]
+    for_next_pass: dict[int, Tensor] = {}
     for seen in views:
         if seen.layer == 0:
-            pending.clear()
+            pending, for_next_pass = for_next_pass, {}
             recorder.begin_forward(seen.sequence, seen.step, seen.token_ids)
         recorder.routed(seen.topk_ids, seen.topk_weights)
-        if seen.layer in pending:
-            scores[seen.layer].append(pending[seen.layer])
-            chosen[seen.layer].append(torch.zeros_like(pending[seen.layer]).scatter_(1, seen.topk_ids, 1.0))
+        if seen.layer in pending and len(pending[seen.layer]) in (1, len(seen.token_ids)):
+            given = pending[seen.layer].expand(len(seen.token_ids), -1)
+            scores[seen.layer].append(given)
+            chosen[seen.layer].append(torch.zeros_like(given).scatter_(1, seen.topk_ids, 1.0))
         began = time.perf_counter()
         predictions = _guarded(predictor, seen)
         ended = time.perf_counter()
@@ -65,8 +67,8 @@ def _judge_one(predictor: Predictor, views: Iterable[LayerView], geometry: MoEGe
         for prediction in predictions:
             _check(predictor, prediction, seen, geometry)
             recorder.guessed(prediction, seen.layer, nothing_resident)
-            if prediction.layer > seen.layer:
-                pending[prediction.layer] = prediction.scores.float().expand(len(seen.token_ids), -1)
+            meant_for = pending if prediction.layer > seen.layer else for_next_pass
+            meant_for[prediction.layer] = prediction.scores.float()
         if seen.layer == geometry.n_layers - 1:
             recorder.end_forward()
     return Judged(recorder.trace({}), scores, chosen, call_s)

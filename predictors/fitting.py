@@ -165,12 +165,9 @@ def _check_feature(name: str, state: Tensor | None, layer: int, hidden_size: int
 
 def _all_logits(predictor: LearnedPredictor, views: Sequence[LayerView]) -> dict[int, Tensor]:
     """Target layer -> logits [N, E] over all tokens, a block of them at a time."""
-    assert predictor.network is not None
-    n_rows, found = len(views[0].token_ids), {}
-    for target, source in predictor.targets().items():
-        blocks = [slice(first, first + ROWS_AT_ONCE) for first in range(0, n_rows, ROWS_AT_ONCE)]
-        found[target] = torch.cat([predictor.network(rows_of(views[source], rows), target).float() for rows in blocks])
-    return found
+    blocks = [slice(first, first + ROWS_AT_ONCE) for first in range(0, len(views[0].token_ids), ROWS_AT_ONCE)]
+    found = [predictor.logits([rows_of(view, rows) for view in views]) for rows in blocks]
+    return {target: torch.cat([part[target].float() for part in found]) for target in found[0]}
 
 
 def _one_epoch(
@@ -181,18 +178,12 @@ def _one_epoch(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     order: torch.Generator,
 ) -> float:
-    """Every token once, in random order; the mean loss of a step and layer. An incomplete last batch is left out."""
-    network, targets = predictor.network, predictor.targets()
-    assert network is not None
+    """The mean loss of a step and layer."""
     total, n_steps = 0.0, 0
-    for batch in torch.randperm(len(training[0].token_ids), generator=order).split(batch_rows):
-        if len(batch) < batch_rows:
-            break
+    for batch in predictor.draw(len(training[0].token_ids), batch_rows, order):
+        views = [rows_of(view, batch) for view in training]
         losses = [
-            predictor.loss(
-                network(rows_of(training[source], batch), target), truth_of(predictor, rows_of(training[target], batch))
-            )
-            for target, source in targets.items()
+            predictor.loss(found, truth_of(predictor, views[target])) for target, found in predictor.logits(views).items()
         ]
         loss = torch.stack(losses).sum()
         if not bool(loss.isfinite()):

@@ -62,6 +62,16 @@ class LearnedPredictor(Predictor):
     def loss(self, logits: Tensor, truth: Truth) -> Tensor:
         """What training minimises, a scalar; `logits` [T, E] as the network gave them for layer `truth.layer`."""
 
+    def logits(self, views: Sequence[LayerView]) -> dict[int, Tensor]:
+        """Target layer -> logits [N, E] from what all layers saw of N tokens: what is trained, and judged while training."""
+        assert self.network is not None, "fit or bind comes first"
+        return {target: self.network(views[source], target) for target, source in self.targets().items()}
+
+    def draw(self, n_rows: int, batch_rows: int, order: torch.Generator) -> list[Tensor]:
+        """The batches of an epoch, each int64 [batch_rows]: every token at most once, in random order; what is left over is left out."""
+        batches = torch.randperm(n_rows, generator=order).split(batch_rows)
+        return [batch for batch in batches if len(batch) == batch_rows]
+
     def prepare(self, network: nn.Module, views: Sequence[LayerView]) -> None:
         """Take statistics from the training rows, one view per layer holding all of them, before the first step."""
 
