@@ -33,10 +33,11 @@ from experiments.text_quality import BATCH, TextQuality, Window, spread_windows,
 from experiments.tracking import Tracker
 from predictors.learned import OneHeadPerTarget
 from predictors.pre_gate import PreGate, reused_gate
+from prefetch.checkpoint import Checkpoint
 from prefetch.errors import ConfigError
-from prefetch.families import family_of, moe_geometry
+from prefetch.families import family_of, moe_geometry, moe_layer_indices
 from prefetch.model import load_offloaded, load_whole, model_view, moe_blocks
-from prefetch.pre_gate import HINT, MODES, ROUTE, PreGates, add_pre_gates
+from prefetch.pre_gate import HINT, MODES, ROUTE, PreGates, add_pre_gates, read_pre_gates
 from prefetch.pre_gated_routing import route_by
 from scripts.bundled_corpus import split_library
 
@@ -73,6 +74,7 @@ def pre_gate(cfg: DictConfig, folder: Path) -> None:
     target = Path(cfg.output) if cfg.output else folder / "checkpoint"
     if target.exists():
         raise ConfigError(f"output={target} exists already: name a new folder, or remove that one")
+    _check_source(Checkpoint(source), cfg.level)
     found = _hint(cfg, source, target) if cfg.mode == HINT else _route(cfg, source, target, folder)
     settings = {"mode": cfg.mode, "level": cfg.level, "lossless": cfg.mode == HINT, "checkpoint": target.name}
     record = {"config": OmegaConf.to_container(cfg, resolve=True), "provenance": provenance(cfg.tuning.seed)}
@@ -83,8 +85,6 @@ def pre_gate(cfg: DictConfig, folder: Path) -> None:
 def _hint(cfg: DictConfig, source: Path, target: Path) -> dict[str, Any]:
     """A copy with the heads that experiments.train wrote; nothing else differs."""
     model = load_offloaded(source, getattr(torch, cfg.model.dtype))
-    if model.pre_gates is not None:
-        raise ConfigError(f"{source} ships pre-gates already; begin with the checkpoint they were made from")
     predictor = PreGate(cfg.level, str(repository_path(cfg.weights)))
     predictor.bind(model_view(model, family_of(model.config), moe_geometry(model.config, model.dtype)))
     network = predictor.network
@@ -127,12 +127,8 @@ def _route(cfg: DictConfig, source: Path, target: Path, folder: Path) -> dict[st
 def _with_heads(source: Path, level: int) -> tuple[PreTrainedModel, list[Tensor], list[nn.Parameter]]:
     """(the model routed by heads that start as gate reuse, the routers' own weights [E, H] that they replaced, the heads)."""
     model = load_whole(source, torch.float32)
-    if model.pre_gates is not None:
-        raise ConfigError(f"{source} ships pre-gates already; begin with the checkpoint they were made from")
     family = family_of(model.config)
     view = model_view(model, family, moe_geometry(model.config, torch.float32))
-    if not 1 <= level < view.n_layers:
-        raise ConfigError(f"level={level}: it must be from 1 to {view.n_layers - 1} layers for this model")
     routers = [getattr(block, family.router) for block in moe_blocks(model, family)]
     own = [router.weight.detach().clone() for router in routers[level:]]
     starts = [reused_gate(view, target - level, target, torch.float32) for target in range(level, view.n_layers)]
@@ -179,18 +175,26 @@ def _check(cfg: DictConfig) -> None:
         raise ConfigError(f"mode={cfg.mode}: choose one of {', '.join(MODES)}")
     if cfg.tune not in TUNED:
         raise ConfigError(f"tune={cfg.tune}: choose one of {', '.join(TUNED)}")
-    for option in ("level", "n_threads", "scored_bytes", "tuning.steps", "tuning.batch", "tuning.window"):
+    for option in ("n_threads", "scored_bytes", "tuning.steps", "tuning.batch", "tuning.window"):
         if OmegaConf.select(cfg, option) < 1:
             raise ConfigError(f"{option}={OmegaConf.select(cfg, option)}: it must be at least 1")
     if not cfg.tuning.learning_rate > 0:
         raise ConfigError(f"tuning.learning_rate={cfg.tuning.learning_rate}: it must be above 0")
 
 
+def _check_source(source: Checkpoint, level: int) -> None:
+    n_layers = len(moe_layer_indices(source.config))
+    if not 1 <= level < n_layers:
+        raise ConfigError(f"level={level}: it must be from 1 to {n_layers - 1} layers for this model")
+    if read_pre_gates(source) is not None:
+        raise ConfigError(f"{source.folder} ships pre-gates already; begin with the checkpoint they were made from")
+
+
 def _check_byte_level(source: Path) -> None:
     """Fine-tuning feeds bytes as token ids, so the model must read them so."""
     sample = bytes(range(32, 127))
-    if AutoTokenizer.from_pretrained(source)(sample.decode())["input_ids"] != list(sample):
-        raise ConfigError(f"mode=route fine-tunes on bytes, and the tokenizer of {source} does not map bytes to themselves")
+    if AutoTokenizer.from_pretrained(source)(sample.decode())["input_ids"] != list(sample):  # without files: an empty tokenizer
+        raise ConfigError(f"mode=route fine-tunes on bytes, and {source} has no tokenizer that maps bytes to themselves")
 
 
 def _table(quality: dict[str, dict[str, Any]]) -> Table:

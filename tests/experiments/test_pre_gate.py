@@ -193,7 +193,8 @@ def test_quality_is_that_of_each_window_alone(tiny: Path) -> None:
     [
         (["mode=guess"], ConfigError, "mode=guess: choose one of hint, route"),
         (["tune=most"], ConfigError, "tune=most: choose one of heads, all"),
-        (["level=0"], ConfigError, "level=0: it must be at least 1"),
+        (["level=0"], ConfigError, "level=0: it must be from 1 to 2 layers"),
+        (["model.path=/nonexistent"], CheckpointError, "/nonexistent/config.json is missing"),
         (["level=3"], ConfigError, "level=3: it must be from 1 to 2 layers"),
         (["tuning.steps=0"], ConfigError, "tuning.steps=0: it must be at least 1"),
         (["tuning.learning_rate=0"], ConfigError, "tuning.learning_rate=0.0: it must be above 0"),
@@ -216,11 +217,14 @@ def test_an_output_that_exists_and_a_source_that_is_pre_gated_are_refused(tiny: 
         pre_gate(configured(routed / "checkpoint", tmp_path / "out"), tmp_path)
     with pytest.raises(ConfigError, match="nothing to predict"):
         load_model_view(configured(routed / "checkpoint", tmp_path / "out"))
+    untold = shutil.copytree(tiny, tmp_path / "untold", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(ConfigError, match="no tokenizer that maps bytes to themselves"):
+        pre_gate(configured(untold, tmp_path / "out"), tmp_path)
     other = shutil.copytree(tiny, tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"] |= {"a": 98, "b": 97}
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ConfigError, match="does not map bytes to themselves"):
+    with pytest.raises(ConfigError, match="no tokenizer that maps bytes to themselves"):
         pre_gate(configured(other, tmp_path / "out"), tmp_path)
 
 
