@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from experiments.config import ModelConfig, TrackingConfig, repository_path
 from experiments.pre_gate_tuning import HEADS, TUNED, TuningOptions, tune
 from experiments.progress import progress_bar
 from experiments.provenance import provenance
-from experiments.text_quality import BATCH, TextQuality, Window, spread_windows, text_quality
+from experiments.text_quality import BATCH, Window, relative_change, spread_windows, text_quality
 from experiments.tracking import Tracker
 from predictors.learned import OneHeadPerTarget
 from predictors.pre_gate import PreGate, reused_gate
@@ -166,8 +166,13 @@ def _compare(source: Path, target: Path, windows: list[Window], what: str) -> di
             model.set_experts_implementation("eager")
             found.append(text_quality(model, windows, advance))
     before, after = found
-    change = after.loss_nats / before.loss_nats - 1
-    return {"original": asdict(before), "pre_gated": asdict(after), "bits_per_byte_change": change}
+    change, low, high = relative_change(before, after)
+    return {
+        "original": before.figures(),
+        "pre_gated": after.figures(),
+        "bits_per_byte_change": change,
+        "bits_per_byte_change_95": [low, high],  # over windows
+    }
 
 
 def _check(cfg: DictConfig) -> None:
@@ -201,11 +206,16 @@ def _table(quality: dict[str, dict[str, Any]]) -> Table:
     table = Table("text", "model", "bits/byte", "loss, nats", "next-byte accuracy %", "change of bits/byte %", title="Quality")
     for name, figures in quality.items():
         for model in ("original", "pre_gated"):
-            found = TextQuality(**figures[model])
-            change = f"{100 * figures['bits_per_byte_change']:+.2f}" if model == "pre_gated" else ""
-            cells = f"{found.bits_per_byte:.4f}", f"{found.loss_nats:.4f}", f"{100 * found.next_byte_accuracy:.2f}", change
-            table.add_row(f"{name}, {found.bytes_scored} bytes", "pre-gated, lossy" if change else "original", *cells)
+            found = figures[model]
+            label, change = ("original", "") if model == "original" else ("pre-gated, lossy", _change(figures))
+            numbers = f"{found['bits_per_byte']:.4f}", f"{found['loss_nats']:.4f}", f"{100 * found['next_byte_accuracy']:.2f}"
+            table.add_row(f"{name}, {found['bytes_scored']} bytes", label, *numbers, change)
     return table
+
+
+def _change(figures: dict[str, Any]) -> str:
+    low, high = figures["bits_per_byte_change_95"]
+    return f"{100 * figures['bits_per_byte_change']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -22,7 +23,7 @@ from experiments.config import REPOSITORY, register
 from experiments.pre_gate import PreGateConfig, _with_heads, pre_gate
 from experiments.pre_gate_tuning import TuningOptions, random_windows, tune
 from experiments.results import Results
-from experiments.text_quality import spread_windows, text_quality
+from experiments.text_quality import TextQuality, relative_change, spread_windows, text_quality
 from experiments.train import load_model_view
 from predictors.base import ModelView
 from predictors.fitting import FitOptions, fit
@@ -176,16 +177,30 @@ def test_windows_are_pieces_of_the_text() -> None:
 
 def test_quality_is_that_of_each_window_alone(tiny: Path) -> None:
     model = load_whole(tiny, torch.float32)
-    found = text_quality(model, spread_windows(TEXT, 10**9))
-    assert found.bits_per_byte == pytest.approx(bits_per_byte(model, TEXT), rel=1e-6)
-    assert found.bytes_scored == len(TEXT.text)
+    found = text_quality(model, spread_windows(TEXT, 10**9)).figures()
+    assert found["bits_per_byte"] == pytest.approx(bits_per_byte(model, TEXT), rel=1e-6)
+    assert found["bytes_scored"] == len(TEXT.text)
     right, double = 0, load_whole(tiny, torch.float64)
     double.set_experts_implementation("eager")
     for tokens, n in spread_windows(TEXT, 10**9):
         with torch.inference_mode():
             logits = double(input_ids=tokens[None, :-1], use_cache=False).logits[0]
         right += int((logits[-n:].argmax(-1) == tokens[-n:]).sum())
-    assert found.next_byte_accuracy == pytest.approx(right / len(TEXT.text), abs=2 / len(TEXT.text))
+    assert found["next_byte_accuracy"] == pytest.approx(right / len(TEXT.text), abs=2 / len(TEXT.text))
+
+
+def test_a_change_is_paired_and_its_interval_covers_the_truth() -> None:
+    random = np.random.default_rng(1)
+    covered = 0
+    for trial in range(100):
+        hardness = random.lognormal(3, 0.5, size=80)  # windows differ much more than the two models do
+        before = TextQuality(np.full(80, 256), hardness, np.zeros(80))
+        after = TextQuality(np.full(80, 256), hardness * (1.01 + 0.02 * random.standard_normal(80)), np.zeros(80))
+        change, low, high = relative_change(before, after, seed=trial)
+        assert low <= change <= high and high - low < 0.02
+        covered += low <= 0.01 <= high
+    assert covered >= 85
+    assert relative_change(before, before) == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
