@@ -169,6 +169,24 @@ def test_tuning_learns_and_repeats_itself(tiny: Path) -> None:
     assert all(not torch.equal(a, b) for a, b in zip(runs[0][1], _with_heads(tiny, 1)[2], strict=True))
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradients_of_heads_are_those_of_plain_transformers(frozen: bool, tiny: Path) -> None:
+    """Training computes experts in bf16 and, where they are frozen, leaves their gradients out."""
+    tokens = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(3))
+    gradients = []
+    for implementation in ("eager", "sorted_training"):
+        model, _, heads = _with_heads(tiny, 1)
+        model.set_experts_implementation(implementation)
+        model.requires_grad_(not frozen)
+        for head in heads:
+            head.requires_grad_(True)
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        gradients.append(torch.cat([head.grad.flatten() for head in heads]))
+        assert all((p.grad is None) == frozen for n, p in model.named_parameters() if n.endswith("experts.down_proj"))
+    assert float(torch.nn.functional.cosine_similarity(*gradients, dim=0)) > 0.99
+
+
 def test_windows_are_pieces_of_the_text() -> None:
     options = TuningOptions(batch=50, window=4)
     windows = random_windows(torch.arange(7), options, torch.Generator().manual_seed(0))
