@@ -4,11 +4,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help venv demo test lint bench results clean
+.PHONY: help venv demo test lint bench bench-kernels compile-kernels results clean
 help:
 	@echo "make demo    decode the bundled model with offloaded experts and compare predictors (about 2 minutes)"
 	@echo "make test    all tests"
 	@echo "make bench   exactness, speed with everything resident, transfers, overhead (minutes; wants a quiet machine)"
+	@echo "make bench-kernels    the CPU path of the experts against transformers' own (minutes; wants a quiet machine)"
+	@echo "make compile-kernels  compile every Triton kernel for GPUs that need not be here; writes docs/kernels_compiled.csv"
 	@echo "make results the figures of README and docs/results.md (about 12 minutes; wants a quiet machine)"
 	@echo "make lint    ruff and mypy"
 	@echo "make venv    set up $(VENV) only; the others do it when needed"
@@ -33,6 +35,9 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m experiments.bench
+
+compile-kernels: $(STAMP)
+	$(BIN)/python -m kernels.aot --csv docs/kernels_compiled.csv
 
 results: $(STAMP)
 	$(BIN)/python -m experiments.decode experiment=demo repeats=5 hydra.run.dir=outputs/results/slots_25

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.compile_case import CompileCase, Expectations, meta_outputs, model_calls
 from kernels.gated_activation import gated_activation
 from kernels.launch import Launch, check_launchable
 from kernels.moe_call import MoECall
@@ -28,7 +29,7 @@ MAX_PAIRS = 65_535  # CUDA's limit on a grid's second axis
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """Block sizes of both kernels. A thread of 4 warps holds `block / 128` weights of each matrix at a time."""
+    """Block sizes of both kernels, in elements. A thread of 4 warps holds `block / 128` weights of each matrix at a time."""
 
     gate_up_rows: int  # of gate, and as many of up
     gate_up_columns: int
@@ -37,17 +38,18 @@ class DecodeTiles:
     num_warps: int = 4
 
 
-def decode_tiles(hidden: int, intermediate: int, top_k: int) -> DecodeTiles:
-    """8 loads of 16 bytes a thread in flight, at 2-byte weights: 4,096 elements each of gate and up, 8,192 of down.
+def decode_tiles(hidden: int, intermediate: int, top_k: int, n_bytes: int) -> DecodeTiles:
+    """8 loads of 16 bytes a thread in flight: 8 KB each of gate and up, 16 KB of down, `n_bytes` an element.
 
     Long rows keep a warp's 32 loads on one row: contiguous, and its sum needs no other warp.
     """
-    gate_up_columns = min(256, triton.next_power_of_2(hidden))
-    down_columns = min(256, triton.next_power_of_2(intermediate))
+    longest = 512 // n_bytes
+    gate_up_columns = min(longest, triton.next_power_of_2(hidden))
+    down_columns = min(longest, triton.next_power_of_2(intermediate))
     return DecodeTiles(
-        gate_up_rows=min(4096 // gate_up_columns, 16),
+        gate_up_rows=min(8192 // n_bytes // gate_up_columns, 16),
         gate_up_columns=gate_up_columns,
-        down_rows=max(4, min(8192 // (down_columns * triton.next_power_of_2(top_k)), 16)),
+        down_rows=max(4, min(16384 // n_bytes // (down_columns * triton.next_power_of_2(top_k)), 16)),
         down_columns=down_columns,
     )
 
@@ -83,7 +85,7 @@ def decode_launches(call: MoECall, out: Tensor, missed: Tensor) -> tuple[Launch,
             f"{call.n_pairs} (token, expert) pairs: the decode kernels take at most {MAX_PAIRS}; use grouped_mlp"
         )
     size = call.table.geometry
-    tiles = decode_tiles(size.hidden, size.intermediate, call.top_k)
+    tiles = decode_tiles(size.hidden, size.intermediate, call.top_k, size.dtype.itemsize)
     y = call.x.new_empty(call.n_pairs, size.intermediate)
     common = {
         **call.table.arguments(call.layer),
@@ -102,6 +104,7 @@ def decode_launches(call: MoECall, out: Tensor, missed: Tensor) -> tuple[Launch,
             "x_ptr": call.x,
             "bias_ptr": call.gate_up_bias,
             "missed_ptr": missed,
+            "width": size.hidden,
             "ROWS": tiles.gate_up_rows,
             "COLUMNS": tiles.gate_up_columns,
         },
@@ -117,6 +120,7 @@ def decode_launches(call: MoECall, out: Tensor, missed: Tensor) -> tuple[Launch,
             "shared_ptr": call.shared,
             "residual_ptr": call.residual,
             "out_ptr": out,
+            "width": size.intermediate,
             "DOWN_OFFSET": size.down_offset // size.dtype.itemsize,
             "RANKS": triton.next_power_of_2(call.top_k),
             "ROWS": tiles.down_rows,
@@ -127,15 +131,28 @@ def decode_launches(call: MoECall, out: Tensor, missed: Tensor) -> tuple[Launch,
     return gate_up, down
 
 
+def compile_cases() -> list[CompileCase]:
+    """For the ahead-of-time compiler: both launches at real models' sizes."""
+    expect = Expectations(wide_loads=True)
+    return [
+        CompileCase(name, launch, expect)
+        for name, call in model_calls(tokens=(1, 8))
+        for launch in decode_launches(call, *meta_outputs(call))
+    ]
+
+
 @triton.jit
 def _gate_up_kernel(  # type: ignore[no-untyped-def]
     x_ptr, ids_ptr, entries_ptr, pool_ptr, bias_ptr, y_ptr, missed_ptr,
-    row_stride, n_slots, n_experts, top_k,
+    row_stride, n_slots, n_experts, top_k, width,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, BY_ADDRESS: tl.constexpr,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, UP_SHIFT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """y[pair, rows] for one pair and ROWS rows of gate and the same of up."""
+    """y[pair, rows] for one pair and ROWS rows of gate and the same of up.
+
+    `width` is HIDDEN, at run time: LLVM unrolls a loop whose length it knows until registers spill.
+    """
     pair = tl.program_id(1).to(tl.int64)
     token = pair // top_k
     expert = tl.load(ids_ptr + pair)
@@ -149,7 +166,7 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
     gate_ptrs = weights + row[:, None] * HIDDEN + column[None, :]
     gate = tl.zeros([ROWS, COLUMNS], tl.float32)
     up = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, HIDDEN, COLUMNS):
+    for first in range(0, width, COLUMNS):
         column_inside = first + column < HIDDEN
         inside = row_inside[:, None] & column_inside[None, :]
         x = tl.load(x_ptr + token * HIDDEN + first + column, mask=column_inside, other=0).to(tl.float32)[None, :]
@@ -170,11 +187,14 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _down_kernel(  # type: ignore[no-untyped-def]
     y_ptr, ids_ptr, weights_ptr, entries_ptr, pool_ptr, bias_ptr, shared_ptr, residual_ptr, out_ptr,
-    row_stride, n_slots, n_experts, top_k,
+    row_stride, n_slots, n_experts, top_k, width,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, BY_ADDRESS: tl.constexpr, DOWN_OFFSET: tl.constexpr,
     RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out[token, rows]. Blocks are [RANKS, ROWS, COLUMNS]: all experts of the token at once, summed thread by thread."""
+    """out[token, rows]. Blocks are [RANKS, ROWS, COLUMNS]: all experts of the token at once, summed thread by thread.
+
+    `width` is INNER, at run time for the same reason as above.
+    """
     token = tl.program_id(1).to(tl.int64)
     rank = tl.arange(0, RANKS)
     pair = token * top_k + rank
@@ -188,7 +208,7 @@ def _down_kernel(  # type: ignore[no-untyped-def]
     down_ptrs = experts[:, None, None] + DOWN_OFFSET + row[None, :, None] * INNER + column[None, None, :]
     y_ptrs = y_ptr + pair[:, None] * INNER + column[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, INNER, COLUMNS):
+    for first in range(0, width, COLUMNS):
         column_inside = first + column < INNER
         y = tl.load(y_ptrs + first, mask=there[:, None] & column_inside[None, :], other=0).to(tl.float32) * weight[:, None]
         inside = row_inside & column_inside[None, None, :]

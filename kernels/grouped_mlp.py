@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.compile_case import CompileCase, Expectations, meta_outputs, model_calls
 from kernels.gated_activation import gated_activation
 from kernels.launch import Launch, check_launchable
 from kernels.moe_call import MoECall
@@ -43,11 +44,15 @@ class GroupedTiles:
 
 
 def grouped_tiles(n_pairs: int, n_experts: int, dtype: torch.dtype) -> GroupedTiles:
-    """Rows for twice the mean number of pairs an expert has: a larger tile reads no weights twice, and costs little."""
-    rows = min(max(triton.next_power_of_2(2 * n_pairs // n_experts), 16), 128)
-    depth = (128 if rows == 16 else 64) * 2 // dtype.itemsize
-    columns = 64 if rows == 16 else 128
-    return GroupedTiles(rows, columns, depth, num_warps=8 if rows == 128 else 4, num_stages=4 if rows == 16 else 3)
+    """Rows for twice the mean number of pairs an expert has: a larger tile reads no weights twice, and costs little.
+
+    At most 128 x 128, in fp32 64 x 64: there every product is an FMA of one thread, and its registers spill with more.
+    """
+    exact, largest = dtype == torch.float32, 256 // dtype.itemsize
+    rows = min(max(triton.next_power_of_2(2 * n_pairs // n_experts), 16), largest)
+    if rows == 16:
+        return GroupedTiles(rows, columns=64, depth=256 // dtype.itemsize, num_warps=4, num_stages=4)
+    return GroupedTiles(rows, largest, depth=1024 // rows if exact else 64, num_warps=8 if rows == largest else 4, num_stages=3)
 
 
 def grouped_mlp(call: MoECall, out: Tensor | None = None, missed: Tensor | None = None) -> Tensor:
@@ -147,6 +152,18 @@ def _combine_launch(call: MoECall, rows: Tensor, out: Tensor, missed: Tensor) ->
     )
 
 
+def compile_cases() -> list[CompileCase]:
+    """For the ahead-of-time compiler: all four launches at real models' sizes."""
+    cases = []
+    for name, call in model_calls(tokens=(8, 64, 512)):
+        exact = call.x.dtype == torch.float32  # NVIDIA's tensor cores would round fp32 to tf32: "ieee" keeps off them
+        multiply = Expectations(max_registers=255, wide_loads=not exact, tensor_cores=not exact)
+        expected = (Expectations(), multiply, multiply, Expectations())
+        launches = grouped_launches(call, *meta_outputs(call))
+        cases += [CompileCase(name, launch, expect) for launch, expect in zip(launches, expected, strict=True)]
+    return cases
+
+
 @triton.jit
 def _place(max_tiles, n_blocks, IN_A_ROW: tl.constexpr):  # type: ignore[no-untyped-def]
     """(tile, block of columns) of this program: IN_A_ROW tiles, often of one expert, share a block of weights in L2."""
@@ -179,7 +196,7 @@ def _multiply(  # type: ignore[no-untyped-def]
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles"])  # it changes with every prompt: no new compilation for that
 def _gate_up_kernel(  # type: ignore[no-untyped-def]
     x_ptr, order_ptr, tiles_ptr, n_tiles_ptr, entries_ptr, pool_ptr, bias_ptr, y_ptr, missed_ptr,
     max_tiles, row_stride, n_slots, n_experts, top_k, width,
@@ -218,7 +235,7 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside[:, None] & (column < INNER)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles"])
 def _down_kernel(  # type: ignore[no-untyped-def]
     y_ptr, order_ptr, tiles_ptr, n_tiles_ptr, entries_ptr, pool_ptr, bias_ptr, rows_ptr,
     max_tiles, row_stride, n_slots, n_experts, width,

@@ -73,7 +73,7 @@ def group_launch(ids: Tensor, n_experts: int, groups: PairGroups) -> Launch:
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pairs"])  # it changes with every prompt: no new compilation for that
 def _group_kernel(  # type: ignore[no-untyped-def]
     ids_ptr, order_ptr, tiles_ptr, n_tiles_ptr, n_pairs, n_experts,
     TILE_ROWS: tl.constexpr, EXPERTS: tl.constexpr, PAIRS: tl.constexpr,

@@ -13,7 +13,6 @@ from kernels.decode_mlp import decode_launches, decode_mlp, decode_tiles
 from kernels.gated_activation import CLAMPED_SWIGLU, SWIGLU
 from kernels.slot_table import ExpertTable
 from prefetch.errors import KernelInputError
-from prefetch.geometry import ExpertGeometry
 from tests.kernels.random_moe import Sizes, check_result, poisoned, random_call
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -143,13 +142,11 @@ def test_too_many_pairs_are_refused() -> None:
         decode_launches(call, *poisoned(call))
 
 
-@pytest.mark.parametrize(
-    ("hidden", "intermediate", "top_k"), [(2048, 768, 8), (4096, 14336, 2), (2880, 2880, 4), (2048, 1408, 6)]
-)
-def test_tiles_fill_registers_and_no_more(hidden: int, intermediate: int, top_k: int) -> None:
-    """64 weights a thread and pass: 8 loads of 16 bytes at 2-byte weights."""
-    tiles = decode_tiles(hidden, intermediate, top_k)
-    threads = 32 * tiles.num_warps
-    assert 2 * tiles.gate_up_rows * tiles.gate_up_columns == 64 * threads
-    assert ExpertGeometry(hidden, intermediate, torch.bfloat16).row_bytes < 2**31
-    assert 32 * threads <= tiles.down_rows * tiles.down_columns * (1 << (top_k - 1).bit_length()) <= 64 * threads
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(2048, 768, 8), (4096, 14336, 2), (2880, 2880, 4), (2048, 1408, 6)])
+def test_tiles_fill_registers_and_no_more(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """8 loads of 16 bytes a thread and pass."""
+    tiles = decode_tiles(*sizes, dtype.itemsize)
+    threads, ranks = 32 * tiles.num_warps, 1 << (sizes[2] - 1).bit_length()
+    assert 2 * tiles.gate_up_rows * tiles.gate_up_columns * dtype.itemsize == 128 * threads
+    assert 128 * threads == tiles.down_rows * tiles.down_columns * ranks * dtype.itemsize

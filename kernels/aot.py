@@ -1,0 +1,109 @@
+"""Compile every kernel ahead of time for GPUs that this machine need not have: `python -m kernels.aot`.
+
+Every file of this folder that has `compile_cases()` is taken in. Launches that the JIT would compile to one program are
+compiled once. Prints a table of what became of them, says what its code fails to satisfy, and then ends with status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+import io
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import triton
+from rich.console import Console
+from rich.table import Table
+
+import kernels
+from kernels.compile_case import CompileCase
+from kernels.machine_code import PARTS, Report, compile_case, specialise, violations
+from prefetch.errors import KernelInputError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description="Compile every kernel ahead of time.")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="GPUs to compile for")
+    parser.add_argument("--csv", type=Path, help="also write the table to this file")
+    chosen = parser.parse_args(arguments)
+    reports, faults = compile_all(chosen.parts)
+    Console(width=None if sys.stdout.isatty() else 140).print(table(reports))
+    if chosen.csv:
+        write_csv(chosen.csv, reports)
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    return bool(faults)
+
+
+def compile_all(parts: Sequence[str]) -> tuple[list[Report], list[str]]:
+    """Reports of every distinct case on every part, and a sentence for each thing that is not as expected.
+
+    Raises:
+        KernelInputError: Triton is interpreting in this process, and so compiles nothing.
+    """
+    if triton.knobs.runtime.interpret:
+        raise KernelInputError(
+            "TRITON_INTERPRET is set: Triton compiles nothing in this process; unset it before Python starts"
+        )
+    jobs = [(index, part) for part in parts for index in range(len(distinct_cases()))]
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
+        reports = list(pool.map(_compile, *zip(*jobs, strict=True), chunksize=4))
+    cases = distinct_cases()
+    faults = [
+        fault for (index, _), report in zip(jobs, reports, strict=True) for fault in violations(report, cases[index].expect)
+    ]
+    return reports, faults
+
+
+@cache
+def distinct_cases() -> list[CompileCase]:
+    """The cases of every kernel file in order of file name, without those that compile to the same as an earlier one."""
+    modules = [importlib.import_module(f"kernels.{found.name}") for found in pkgutil.iter_modules(kernels.__path__)]
+    cases = [case for module in modules if hasattr(module, "compile_cases") for case in module.compile_cases()]
+    distinct: dict[str, CompileCase] = {}
+    for case in cases:
+        source, launch = specialise(case.launch), case.launch
+        program = (launch.kernel.__module__, case.kernel_name, source.signature, source.constants, source.attrs)
+        distinct.setdefault(repr((*program, launch.num_warps, launch.num_stages, case.expect)), case)
+    return list(distinct.values())
+
+
+def _compile(index: int, part: str) -> Report:
+    """In a worker process: launches do not travel, they are built again."""
+    return compile_case(distinct_cases()[index], PARTS[part])
+
+
+def table(reports: Sequence[Report]) -> Table:
+    """One line a report."""
+    shown = Table(title=f"Triton {triton.__version__}: machine code per case (static instructions)")
+    for name in asdict(reports[0]):
+        shown.add_column(name.replace("_", " "), justify="left" if name in ("kernel", "case", "part") else "right")
+    for report in reports:
+        shown.add_row(*(str(value) for value in asdict(report).values()))
+    return shown
+
+
+def write_csv(path: Path, reports: Sequence[Report]) -> None:
+    """All reports, complete under `path` or not there."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, asdict(reports[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(report) for report in reports)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside.write_text(text.getvalue(), encoding="utf-8")
+    os.replace(aside, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
