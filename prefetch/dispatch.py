@@ -1,30 +1,52 @@
-"""Which tokens each expert of a layer call works on."""
+"""Which tokens each expert of a layer call works on: out to the experts and back."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kernels.expert_mlp import weighted_sum
+
 
 @dataclass(frozen=True)
 class Dispatch:
-    """The (token, rank) pairs of one layer call, grouped by expert."""
+    """The (token, rank) pairs of one layer call, grouped by expert. Pair p is rank p % k of token p // k."""
 
-    experts: list[int]  # needed experts, in order of first appearance over tokens, then ranks
-    tokens: dict[int, Tensor] | None  # expert -> [n] token indices; None at one token
-    pairs: dict[int, Tensor] | None  # expert -> [n] indices into the flattened [T * k] pairs
+    pairs: dict[int, list[int]]  # needed experts in order of first appearance -> their pairs, in token order
+    top_k: int
+
+    @property
+    def experts(self) -> list[int]:
+        return list(self.pairs)
+
+    def inputs(self, hidden: Tensor) -> dict[int, Tensor]:
+        """For each needed expert the states [n, H] of its tokens, out of `hidden` [T, H]."""
+        if len(hidden) == 1:
+            return dict.fromkeys(self.pairs, hidden)
+        tokens = torch.tensor([pair // self.top_k for pairs in self.pairs.values() for pair in pairs])
+        parts = hidden.index_select(0, tokens.to(hidden.device)).split([len(pairs) for pairs in self.pairs.values()])
+        return dict(zip(self.pairs, parts, strict=True))
+
+    def combine(self, rows: Mapping[int, Tensor], weights: Tensor) -> Tensor:
+        """The layer's output [T, H], summed in routing order whatever the order in which `rows` were computed.
+
+        Args:
+            rows: for each needed expert its outputs [n, H], one a pair.
+            weights: [T, k] routing weights, same dtype.
+        """
+        together = torch.cat([rows[expert] for expert in self.pairs])
+        if len(weights) > 1:
+            order = torch.tensor([pair for pairs in self.pairs.values() for pair in pairs], device=together.device)
+            together = torch.empty_like(together).index_copy_(0, order, together)
+        return weighted_sum(together.view(*weights.shape, -1), weights)
 
 
 def dispatch(topk_ids: Tensor) -> Dispatch:
     """Group the pairs of `topk_ids` [T, k] by expert; within an expert, pairs keep token order (fixed summation order)."""
-    n_tokens, top_k = topk_ids.shape
-    if n_tokens == 1:
-        return Dispatch(topk_ids[0].tolist(), None, None)
-    flat = topk_ids.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    experts, counts = torch.unique_consecutive(flat[order], return_counts=True)
-    groups = dict(zip(experts.tolist(), torch.split(order, counts.tolist()), strict=True))
-    by_appearance = sorted(groups, key=lambda expert: int(groups[expert][0]))
-    return Dispatch(by_appearance, {e: pairs // top_k for e, pairs in groups.items()}, groups)
+    pairs: dict[int, list[int]] = {}
+    for pair, expert in enumerate(topk_ids.flatten().tolist()):
+        pairs.setdefault(expert, []).append(pair)
+    return Dispatch(pairs, topk_ids.shape[1])

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from kernels.expert_mlp import expert_mlp, weighted_sum
+from kernels.expert_mlp import expert_mlp
 from predictors.base import LayerView, ModelView, Prediction, Predictor
 from predictors.none import NoPredictor
 from prefetch.dispatch import Dispatch, dispatch
@@ -25,6 +25,7 @@ from prefetch.recorder import CallTimer, Recorder
 log = logging.getLogger(__name__)
 
 ReadExpert = Callable[[ExpertKey], tuple[Tensor, Tensor]]  # (gate_up [2I, H], down [H, I]) straight from the backing tier
+RowsOf = dict[int, Tensor]  # expert -> [n, H], one row for each of its (token, rank) pairs
 
 
 class OffloadRuntime:
@@ -84,21 +85,21 @@ class OffloadRuntime:
         self._check_routing(layer, topk_weights)
         self.recorder.routed(topk_ids, topk_weights)
         work = dispatch(topk_ids)
-        rows = hidden.new_empty(topk_ids.numel(), hidden.shape[1])
 
         found = self._look_up(layer, work)
         waiting = self.tier.start(found.misses)
         self._predict_and_prefetch(layer, hidden, topk_ids, topk_weights, work, timer)
+        inputs, rows = work.inputs(hidden), RowsOf()
         for key in found.hits:
-            self._compute(key, hidden, work, rows, timer)
+            self._compute(key, inputs, rows, timer)
         for key in found.transient_hits:
             self.tier.release(key)
         for key in found.on_cpu:
-            self._compute_on_cpu(key, hidden, work, rows, timer)
-        self._compute_as_they_arrive(found.late + found.misses, waiting, hidden, work, rows, timer)
+            self._compute_on_cpu(key, inputs, rows, timer)
+        self._compute_as_they_arrive(found.late + found.misses, waiting, inputs, rows, timer)
 
         started = time.perf_counter()
-        out = weighted_sum(rows.view(*topk_ids.shape, -1), topk_weights.to(rows.dtype))
+        out = work.combine(rows, topk_weights.to(hidden.dtype))
         ended = time.perf_counter()
         timer.expert_s += ended - started
         self.recorder.called(layer, len(hidden), _counts(work, found), timer, ended)
@@ -162,22 +163,22 @@ class OffloadRuntime:
             self.predictor = NoPredictor()
             return []
 
-    def _compute(self, key: ExpertKey, hidden: Tensor, work: Dispatch, rows: Tensor, timer: CallTimer) -> None:
+    def _compute(self, key: ExpertKey, inputs: RowsOf, rows: RowsOf, timer: CallTimer) -> None:
         slot, pool = self.tier.slots[key], self.tier.pool
         started = time.perf_counter()
-        _expert_rows(key.expert, *pool.expert(slot), hidden, work, rows)
+        rows[key.expert] = expert_mlp(inputs[key.expert], *pool.expert(slot))
         timer.expert_s += time.perf_counter() - started
 
-    def _compute_on_cpu(self, key: ExpertKey, hidden: Tensor, work: Dispatch, rows: Tensor, timer: CallTimer) -> None:
+    def _compute_on_cpu(self, key: ExpertKey, inputs: RowsOf, rows: RowsOf, timer: CallTimer) -> None:
         started = time.perf_counter()
         gate_up, down = self.read_expert(key)
         read = time.perf_counter()
         timer.stall_s += read - started
-        _expert_rows(key.expert, gate_up, down, hidden, work, rows)
+        rows[key.expert] = expert_mlp(inputs[key.expert], gate_up, down)
         timer.expert_s += time.perf_counter() - read
 
     def _compute_as_they_arrive(
-        self, demands: list[Demand], waiting: list[Demand], hidden: Tensor, work: Dispatch, rows: Tensor, timer: CallTimer
+        self, demands: list[Demand], waiting: list[Demand], inputs: RowsOf, rows: RowsOf, timer: CallTimer
     ) -> None:
         """Wait for transfers and compute each expert as it comes; a transient's slot goes to the next one waiting."""
         pending = {d.record.transfer: d for d in demands if d.record is not None}
@@ -190,7 +191,7 @@ class OffloadRuntime:
                 if transfer.error is not None:
                     self._give_up([demand, *pending.values(), *waiting], demand)
                 self.tier.arrived(demand)
-                self._compute(demand.key, hidden, work, rows, timer)
+                self._compute(demand.key, inputs, rows, timer)
                 if demand.transient:
                     self.tier.release(demand.key)
             if waiting:
@@ -221,14 +222,6 @@ class OffloadRuntime:
 def _counts(work: Dispatch, found: LookUp) -> tuple[int, int, int, int, int]:
     n_cpu = len(found.on_cpu)
     return len(work.experts), len(found.hits), len(found.late), len(found.misses) + n_cpu, n_cpu
-
-
-def _expert_rows(expert: int, gate_up: Tensor, down: Tensor, hidden: Tensor, work: Dispatch, rows: Tensor) -> None:
-    """Write the outputs of one expert into the rows [T * k, H] of its (token, rank) pairs."""
-    if work.tokens is None or work.pairs is None:
-        rows[work.experts.index(expert)] = expert_mlp(hidden, gate_up, down)[0]
-    else:
-        rows[work.pairs[expert]] = expert_mlp(hidden[work.tokens[expert]], gate_up, down)
 
 
 def _check_prediction(prediction: Prediction, n_tokens: int, geometry: MoEGeometry) -> None:

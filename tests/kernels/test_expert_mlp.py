@@ -1,11 +1,13 @@
 """The expert MLP against float64 from the same rounded weights."""
 
+from random import Random
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.expert_mlp import expert_mlp, weighted_sum
+from kernels.expert_mlp import WIDE_BELOW_ELEMENTS, WIDE_BELOW_ROWS, expert_mlp, weighted_sum
 from prefetch.dispatch import dispatch
 
 N_ROUNDINGS = 12  # gate, up, silu, their product, the result: each at most half a unit; the rest for the sums
@@ -60,10 +62,35 @@ def test_dispatch_puts_every_pair_with_its_expert_once(n_tokens: int, top_k: int
     ids = torch.stack([torch.randperm(n_experts, generator=random)[:top_k] for _ in range(n_tokens)])
     work = dispatch(ids)
     assert work.experts == list(dict.fromkeys(ids.flatten().tolist()))
-    if work.pairs is None or work.tokens is None:
-        assert n_tokens == 1
-        return
-    assert sorted(torch.cat([work.pairs[e] for e in work.experts]).tolist()) == list(range(n_tokens * top_k))
-    for expert in work.experts:
-        assert (ids.flatten()[work.pairs[expert]] == expert).all()
-        assert work.tokens[expert].tolist() == sorted((work.pairs[expert] // top_k).tolist())
+    assert sorted(pair for pairs in work.pairs.values() for pair in pairs) == list(range(n_tokens * top_k))
+    for expert, pairs in work.pairs.items():
+        assert pairs == (ids.flatten() == expert).nonzero()[:, 0].tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 4), st.integers(4, 9), st.randoms(use_true_random=False))
+def test_states_go_out_and_rows_come_back(n_tokens: int, top_k: int, n_experts: int, order: Random) -> None:
+    """Experts that scale by their own number, computed in any order: the sum is that of a loop over tokens and ranks."""
+    random = torch.Generator().manual_seed(order.getrandbits(16))
+    ids = torch.stack([torch.randperm(n_experts, generator=random)[:top_k] for _ in range(n_tokens)])
+    hidden, weights = torch.randn(n_tokens, 5, generator=random), torch.rand(n_tokens, top_k, generator=random)
+    work = dispatch(ids)
+    inputs = work.inputs(hidden)
+    out = work.combine({e: inputs[e] * (e + 1) for e in order.sample(work.experts, len(work.experts))}, weights)
+    for token in range(n_tokens):
+        scale = sum(float(weights[token, rank]) * (int(ids[token, rank]) + 1) for rank in range(top_k))
+        torch.testing.assert_close(out[token], hidden[token] * scale, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [192, 512])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_widened_or_not_the_mlp_is_the_same(dtype: torch.dtype, hidden: int) -> None:
+    """One case on either side of the size below which weights are widened, at row counts on either side as well."""
+    random = torch.Generator().manual_seed(0)
+    gate_up = (torch.randn(hidden, hidden, generator=random) / hidden**0.5).to(dtype)
+    down = (torch.randn(hidden, hidden // 2, generator=random) / (hidden / 2) ** 0.5).to(dtype)
+    x = torch.randn(WIDE_BELOW_ROWS, hidden, generator=random).to(dtype)
+    exact = reference(x, gate_up, down)
+    assert relative_error(expert_mlp(x, gate_up, down), exact) <= LIMITS[dtype]
+    assert relative_error(expert_mlp(x[:-1], gate_up, down), exact[:-1]) <= LIMITS[dtype]
+    assert (gate_up.numel() < WIDE_BELOW_ELEMENTS) == (hidden == 192)
