@@ -36,6 +36,9 @@ test: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m experiments.bench
 
+bench-kernels: $(STAMP)
+	$(BIN)/python -m scripts.bench_kernels outputs/kernels/bench_kernels.json
+
 compile-kernels: $(STAMP)
 	$(BIN)/python -m kernels.aot --csv docs/kernels_compiled.csv
 

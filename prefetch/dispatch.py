@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,12 +23,17 @@ class Dispatch:
     def experts(self) -> list[int]:
         return list(self.pairs)
 
+    @cached_property
+    def order(self) -> Tensor:
+        """int64 [T * k] on the CPU: all pairs, expert by expert."""
+        return torch.tensor([pair for pairs in self.pairs.values() for pair in pairs])
+
     def inputs(self, hidden: Tensor) -> dict[int, Tensor]:
         """For each needed expert the states [n, H] of its tokens, out of `hidden` [T, H]."""
         if len(hidden) == 1:
             return dict.fromkeys(self.pairs, hidden)
-        tokens = torch.tensor([pair // self.top_k for pairs in self.pairs.values() for pair in pairs])
-        parts = hidden.index_select(0, tokens.to(hidden.device)).split([len(pairs) for pairs in self.pairs.values()])
+        gathered = hidden.index_select(0, (self.order // self.top_k).to(hidden.device))
+        parts = gathered.split([len(pairs) for pairs in self.pairs.values()])
         return dict(zip(self.pairs, parts, strict=True))
 
     def combine(self, rows: Mapping[int, Tensor], weights: Tensor) -> Tensor:
@@ -39,8 +45,7 @@ class Dispatch:
         """
         together = torch.cat([rows[expert] for expert in self.pairs])
         if len(weights) > 1:
-            order = torch.tensor([pair for pairs in self.pairs.values() for pair in pairs], device=together.device)
-            together = torch.empty_like(together).index_copy_(0, order, together)
+            together = torch.empty_like(together).index_copy_(0, self.order.to(together.device), together)
         return weighted_sum(together.view(*weights.shape, -1), weights)
 
 
