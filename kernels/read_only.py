@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.compile_case import CompileCase, Expectations
 from kernels.launch import Launch, check_aligned, check_launchable, check_tensor
 
 CHUNK_WORDS = 8192  # 32 KB: 8 loads of 16 bytes for each of 256 threads
@@ -30,20 +31,35 @@ def read_rows(pool: Tensor, slots: Tensor) -> Tensor:
     Raises:
         KernelInputError: the arguments do not fit, or this machine cannot run the kernel.
     """
+    launch, folded = read_launch(pool, slots)
+    check_launchable(pool.device)
+    launch.run()
+    return folded
+
+
+def read_launch(pool: Tensor, slots: Tensor) -> tuple[Launch, Tensor]:
+    """The launch, checked and not yet run, and the memory for its result."""
     check_tensor("pool", pool, [None, None], [torch.uint8], pool.device)
     check_tensor("slots", slots, [None], [torch.int32], pool.device)
     check_aligned("pool", pool)
-    check_launchable(pool.device)
     words = pool.view(torch.int32)
     n_chunks = triton.cdiv(words.shape[1], CHUNK_WORDS)
     folded = torch.empty(len(slots), n_chunks, dtype=torch.int32, device=pool.device)
-    Launch(
-        _read_kernel,
-        (n_chunks, len(slots)),
-        {"words_ptr": words, "slots_ptr": slots, "folded_ptr": folded, "row_words": words.shape[1], "CHUNK": CHUNK_WORDS},
-        num_warps=8,
-    ).run()
-    return folded
+    arguments: dict[str, Tensor | int | float | bool | None] = {
+        "words_ptr": words,
+        "slots_ptr": slots,
+        "folded_ptr": folded,
+        "row_words": words.shape[1],
+        "CHUNK": CHUNK_WORDS,
+    }
+    return Launch(_read_kernel, (n_chunks, len(slots)), arguments, num_warps=8), folded
+
+
+def compile_cases() -> list[CompileCase]:
+    """For the ahead-of-time compiler: the rows of one token of Qwen3-30B-A3B in bf16."""
+    pool = torch.empty(128, 9_437_184, dtype=torch.uint8, device="meta")
+    launch, _ = read_launch(pool, torch.empty(8, dtype=torch.int32, device="meta"))
+    return [CompileCase("Qwen3-30B-A3B T=1 bf16", launch, Expectations(wide_loads=True))]
 
 
 def read_rows_reference(pool: Tensor, slots: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import silu
 
+from kernels.compile_case import CompileCase, Expectations
 from kernels.launch import FLOAT_DTYPES, Launch, check_launchable, check_tensor
 
 
@@ -43,6 +44,20 @@ def sorted_padded_mlp(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, 
     out = x.new_empty(n_pairs, hidden)
     _gemm(y, down, out, order, expert_of_tile, weights, 1, (rows, columns, depth)).run()
     return out.view(n_tokens, top_k, hidden).sum(1)
+
+
+def compile_cases() -> list[CompileCase]:
+    """For the ahead-of-time compiler: gate and up of Qwen3-30B-A3B in bf16, with both tiles."""
+    cases = []
+    for n_tokens, tile in ((1, (16, 32, 64)), (512, (64, 64, 32))):
+        x, both = (
+            torch.empty(rows, width, dtype=torch.bfloat16, device="meta") for rows, width in ((n_tokens, 2048), (8, 1536))
+        )
+        weights = torch.empty(128, 1536, 2048, dtype=torch.bfloat16, device="meta")
+        order, expert_of_tile = (torch.empty(n, dtype=torch.int64, device="meta") for n in (8 * tile[0], 8))
+        launch = _gemm(x, weights, both, order, expert_of_tile, None, 8, tile)
+        cases.append(CompileCase(f"Qwen3-30B-A3B T={n_tokens} bf16", launch, Expectations(tensor_cores=True)))
+    return cases
 
 
 def aligned(ids: Tensor, n_experts: int, rows: int) -> tuple[Tensor, Tensor]:
