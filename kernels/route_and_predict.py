@@ -1,0 +1,340 @@
+"""A router and the predictor heads that read the same hidden state, in one launch.
+
+    logits[h] = x @ weights[h].T (+ bias[h])        h = 0 the router, h = 1..d later layers' routers or linear pre-gate heads
+    router:  top-k ids and weights, by `kernels.routing`;    heads: the m highest logits and their ids
+
+One program per block of expert rows, head and block of tokens. The last to finish of those that share head and tokens selects:
+a second launch would cost more than all of the arithmetic. Up to 4 tokens are vectors on the CUDA cores, more are blocks
+of 16 on tensor cores. Logits are summed and kept in fp32: a model that rounds its own to bf16 may order near-ties otherwise.
+
+Bytes: (1 + d) * E * H weights once per 16 tokens (per token up to 4). FLOPs: 2 * T * (1 + d) * E * H.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import FLOAT_DTYPES, Launch, check_aligned, check_at_most, check_launchable, check_tensor
+from kernels.routing import SMALLEST_SUM, Routing, route_reference
+from kernels.selection import TAKEN, highest, highest_reference, last_to_arrive, selection_keys
+from prefetch.errors import KernelInputError
+
+MAX_EXPERTS = 1024  # of which a thread of 8 warps holds 64 lanes of 16 tokens
+VECTOR_TOKENS = 4  # up to here, reading the weights once a token from the L2 cache beats padding to 16
+BLOCK_TOKENS = 16  # the smallest matrix instruction's
+MAX_BLOCKS = 65_535  # CUDA's limit on a grid's third axis
+
+
+class Routed(NamedTuple):
+    """What the launch writes: T tokens, E experts, k of them, d heads with m guesses."""
+
+    logits: Tensor  # float32 [1 + d, T, E]
+    topk_ids: Tensor  # int32 [T, k], best first
+    topk_weights: Tensor  # float32 [T, k]
+    head_ids: Tensor  # int32 [d, T, m], best first
+    head_scores: Tensor  # float32 [d, T, m], logits
+
+
+@dataclass(frozen=True)
+class RouterCall:
+    """Arguments of one layer call.
+
+    Args:
+        x: [T, H], the router's input.
+        weights: [1 + d, E, H], like `x`; the router's first.
+        routing: the router's rule; heads have none.
+        n_guesses: m; 0 exactly where there are no heads.
+        bias: [1 + d, E] fp32, added to the logits.
+        selection_bias: [E] fp32, added to the router's scores for its choice alone (DeepSeek-V3's e_score_correction_bias).
+
+    Raises:
+        KernelInputError: what the kernel could not read rightly.
+    """
+
+    x: Tensor
+    weights: Tensor
+    routing: Routing
+    n_guesses: int = 0
+    bias: Tensor | None = None
+    selection_bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        device = self.x.device
+        check_tensor("x", self.x, [None, None], FLOAT_DTYPES, device)
+        check_tensor("weights", self.weights, [None, None, self.x.shape[1]], [self.x.dtype], device)
+        if self.bias is not None:
+            check_tensor("bias", self.bias, [1 + self.n_heads, self.n_experts], [torch.float32], device)
+        if self.selection_bias is not None:
+            check_tensor("selection_bias", self.selection_bias, [self.n_experts], [torch.float32], device)
+        check_at_most("experts", self.n_experts, "the kernel's limit", MAX_EXPERTS)
+        self.routing.check(self.n_experts)
+        if self.n_heads:
+            check_at_most("n_guesses", self.n_guesses, "experts", self.n_experts)
+        elif self.n_guesses:
+            raise KernelInputError(f"n_guesses = {self.n_guesses} but weights has no heads: stack them behind the router's")
+        if self.n_blocks > MAX_BLOCKS:
+            raise KernelInputError(f"{self.n_tokens} tokens: one launch takes at most {MAX_BLOCKS * BLOCK_TOKENS}")
+        check_aligned("x", self.x)
+        check_aligned("weights", self.weights)
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.x.shape[0])
+
+    @property
+    def n_heads(self) -> int:
+        return int(self.weights.shape[0]) - 1
+
+    @property
+    def n_experts(self) -> int:
+        return int(self.weights.shape[1])
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of one program."""
+        return 1 if self.n_tokens <= VECTOR_TOKENS else BLOCK_TOKENS
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of tokens."""
+        return triton.cdiv(self.n_tokens, self.block_tokens)
+
+    def new_result(self) -> Routed:
+        """Memory for the result."""
+        guesses = (self.n_heads, self.n_tokens, self.n_guesses)
+        chosen = (self.n_tokens, self.routing.top_k)
+        device = self.x.device
+        return Routed(
+            logits=torch.empty(1 + self.n_heads, self.n_tokens, self.n_experts, device=device),
+            topk_ids=torch.empty(chosen, dtype=torch.int32, device=device),
+            topk_weights=torch.empty(chosen, device=device),
+            head_ids=torch.empty(guesses, dtype=torch.int32, device=device),
+            head_scores=torch.empty(guesses, device=device),
+        )
+
+    def check_outputs(self, out: Routed, arrivals: Tensor) -> None:
+        """`out` is like `new_result()`; `arrivals` has a count for each head and block of tokens, or more."""
+        for name, shape, dtype in (
+            ("logits", [1 + self.n_heads, self.n_tokens, self.n_experts], torch.float32),
+            ("topk_ids", [self.n_tokens, self.routing.top_k], torch.int32),
+            ("topk_weights", [self.n_tokens, self.routing.top_k], torch.float32),
+            ("head_ids", [self.n_heads, self.n_tokens, self.n_guesses], torch.int32),
+            ("head_scores", [self.n_heads, self.n_tokens, self.n_guesses], torch.float32),
+        )[: 5 if self.n_heads else 3]:
+            check_tensor(name, getattr(out, name), shape, [dtype], self.x.device)
+        check_tensor("arrivals", arrivals, [None], [torch.int32], self.x.device)
+        n_counts = (1 + self.n_heads) * self.n_blocks
+        if len(arrivals) < n_counts:
+            raise KernelInputError(f"arrivals has {len(arrivals)} counts, expected {n_counts}: heads times blocks of tokens")
+
+
+def route_and_predict(call: RouterCall, out: Routed | None = None, arrivals: Tensor | None = None) -> Routed:
+    """Route T tokens and guess for d coming layers, in one launch.
+
+    Args:
+        call: what to compute.
+        out: where to write it; by default new memory.
+        arrivals: int32 zeros, at least (1 + d) * `call.n_blocks` of them. The kernel leaves zeros: give every call of a stream the
+            same ones and no launch is spent on clearing them. By default new ones.
+
+    Returns:
+        `out`. Ids are distinct and in range whatever the input; equal scores go to the lower id; NaN counts as -inf for the
+        choice, and a NaN logit makes its row's softmax weights NaN.
+
+    Raises:
+        KernelInputError: `out` or `arrivals` do not fit, or this machine cannot run the kernel; nothing has been launched then.
+    """
+    out = call.new_result() if out is None else out
+    if arrivals is None:
+        arrivals = torch.zeros((1 + call.n_heads) * call.n_blocks, dtype=torch.int32, device=call.x.device)
+    launch = route_launch(call, out, arrivals)
+    check_launchable(call.x.device)
+    launch.run()
+    return out
+
+
+def route_and_predict_reference(call: RouterCall, dtype: torch.dtype = torch.float32) -> Routed:
+    """The same in PyTorch, all arithmetic and float results in `dtype`."""
+    logits = torch.einsum("th,neh->nte", call.x.to(dtype), call.weights.to(dtype))
+    if call.bias is not None:
+        logits += call.bias.to(dtype)[:, None]
+    topk_ids, topk_weights = route_reference(logits[0], call.routing, call.selection_bias)
+    head_ids = highest_reference(logits[1:], call.n_guesses)
+    return Routed(logits, topk_ids.int(), topk_weights, head_ids.int(), logits[1:].gather(2, head_ids))
+
+
+def route_launch(call: RouterCall, out: Routed, arrivals: Tensor) -> Launch:
+    """The launch, checked and not yet run."""
+    call.check_outputs(out, arrivals)
+    routing, hidden = call.routing, call.x.shape[1]
+    vector = call.block_tokens == 1
+    rows = _vector_rows(call) if vector else BLOCK_TOKENS
+    width = triton.next_power_of_2(hidden)
+    n_groups = routing.n_groups if routing.grouped else 1
+    lanes = triton.next_power_of_2(n_groups) * triton.next_power_of_2(call.n_experts // n_groups)
+    return Launch(
+        _route_kernel,
+        (triton.cdiv(call.n_experts, rows), 1 + call.n_heads, call.n_blocks),
+        {
+            "x_ptr": call.x,
+            "weights_ptr": call.weights,
+            "bias_ptr": call.bias,
+            "selection_bias_ptr": call.selection_bias,
+            "arrivals_ptr": arrivals,
+            "logits_ptr": out.logits,
+            "topk_ids_ptr": out.topk_ids,
+            "topk_weights_ptr": out.topk_weights,
+            "head_ids_ptr": out.head_ids if call.n_heads else None,
+            "head_scores_ptr": out.head_scores if call.n_heads else None,
+            "n_tokens": call.n_tokens,
+            "n_experts": call.n_experts,
+            "top_k": routing.top_k,
+            "n_guesses": call.n_guesses,
+            "scaling_factor": float(routing.scaling_factor),
+            "n_kept_groups": routing.n_kept_groups,
+            "HIDDEN": hidden,
+            "SOFTMAX": routing.score == "softmax",
+            "BY_LOGIT": routing.chooses_by_logit(call.selection_bias is not None),
+            "RENORMALISE": routing.renormalise,
+            "SMALLEST_SUM": SMALLEST_SUM,
+            "N_GROUPS": n_groups,
+            "TWO_BEST": routing.group_score == "two_best",
+            "GROUPS": triton.next_power_of_2(n_groups),
+            "LANES": lanes,
+            "RANKS": triton.next_power_of_2(routing.top_k),
+            "GUESSES": triton.next_power_of_2(max(call.n_guesses, 1)),
+            "TOKENS": call.block_tokens,
+            "ROWS": rows,
+            "COLUMNS": min(width, 4096 // rows) if vector else min(max(width, 16), 128),
+        },
+        num_warps=8 if call.block_tokens * lanes > 4096 else 4,
+        num_stages=1 if vector else 3,
+    )
+
+
+def _vector_rows(call: RouterCall) -> int:
+    """Rows of weights a program: as many as leave a program for each multiprocessor of a large GPU, but no more than 4."""
+    n_rows = call.n_tokens * (1 + call.n_heads) * call.n_experts
+    return max(1, min(4, triton.next_power_of_2(n_rows // 128 + 1) // 2))
+
+
+@triton.jit
+def _route_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, weights_ptr, bias_ptr, selection_bias_ptr, arrivals_ptr,
+    logits_ptr, topk_ids_ptr, topk_weights_ptr, head_ids_ptr, head_scores_ptr,
+    n_tokens, n_experts, top_k, n_guesses, scaling_factor, n_kept_groups,
+    HIDDEN: tl.constexpr, SOFTMAX: tl.constexpr, BY_LOGIT: tl.constexpr, RENORMALISE: tl.constexpr, SMALLEST_SUM: tl.constexpr,
+    N_GROUPS: tl.constexpr, TWO_BEST: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
+    RANKS: tl.constexpr, GUESSES: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Logits of ROWS experts of one head for TOKENS tokens; in the last such program of head and tokens, the selection."""
+    head = tl.program_id(1)
+    token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token_inside, expert_inside = token < n_tokens, expert < n_experts
+    logits = _row_logits(
+        x_ptr, weights_ptr + head.to(tl.int64) * n_experts * HIDDEN, token, expert, token_inside, expert_inside,
+        HIDDEN, TOKENS, ROWS, COLUMNS,
+    )  # fmt: skip
+    if bias_ptr is not None:
+        logits += tl.load(bias_ptr + head * n_experts + expert, mask=expert_inside, other=0)[None, :]
+    logits_ptr += head.to(tl.int64) * n_tokens * n_experts
+    token_logits = logits_ptr + token.to(tl.int64)[:, None] * n_experts
+    tl.store(token_logits + expert[None, :], logits, mask=token_inside[:, None] & expert_inside[None, :])
+    if not last_to_arrive(arrivals_ptr + head * tl.num_programs(2) + tl.program_id(2), tl.num_programs(0)):
+        return
+
+    MEMBERS: tl.constexpr = LANES // GROUPS
+    lane = tl.arange(0, LANES)[None, :]
+    group_size = n_experts // N_GROUPS
+    lane_expert = (lane // MEMBERS) * group_size + lane % MEMBERS
+    real = (lane // MEMBERS < N_GROUPS) & (lane % MEMBERS < group_size)
+    logits = tl.where(real, tl.load(token_logits + lane_expert, mask=token_inside[:, None] & real, other=0), float("-inf"))
+    if head == 0:
+        best = tl.max(logits, axis=1, keep_dims=True)
+        total = tl.sum(tl.exp(logits - best), axis=1, keep_dims=True)
+        choice = logits
+        if not BY_LOGIT:
+            choice = _scores(logits, best, total, SOFTMAX)
+        if selection_bias_ptr is not None:
+            choice += tl.load(selection_bias_ptr + lane_expert, mask=real, other=0)
+        if N_GROUPS > 1:
+            choice = _only_best_groups(choice, real, n_kept_groups, N_GROUPS, GROUPS, MEMBERS, TWO_BEST)
+        ids = highest(selection_keys(choice, lane_expert, real), top_k, RANKS)
+        inside = token_inside[:, None] & (ids >= 0)
+        chosen = tl.load(token_logits + ids, mask=inside, other=float("-inf"))
+        weights = tl.where(inside, _scores(chosen, best, total, SOFTMAX), 0.0)
+        if RENORMALISE:
+            weights /= tl.sum(weights, axis=1, keep_dims=True) + SMALLEST_SUM
+        out = token.to(tl.int64)[:, None] * top_k + tl.arange(0, RANKS)[None, :]
+        tl.store(topk_ids_ptr + out, ids, mask=inside)
+        tl.store(topk_weights_ptr + out, weights * scaling_factor, mask=inside)
+    elif head_ids_ptr is not None:
+        guesses = highest(selection_keys(logits, lane_expert, real), n_guesses, GUESSES)
+        guessed = token_inside[:, None] & (guesses >= 0)
+        at = ((head - 1).to(tl.int64) * n_tokens + token[:, None]) * n_guesses + tl.arange(0, GUESSES)[None, :]
+        tl.store(head_ids_ptr + at, guesses, mask=guessed)
+        tl.store(head_scores_ptr + at, tl.load(token_logits + guesses, mask=guessed, other=0), mask=guessed)
+
+
+@triton.jit
+def _row_logits(  # type: ignore[no-untyped-def]
+    x_ptr, weights_ptr, token, row, token_inside, row_inside,
+    HIDDEN: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """x[tokens] @ weights[rows].T in fp32, [TOKENS, ROWS]."""
+    column = tl.arange(0, COLUMNS)
+    x_ptrs = x_ptr + token.to(tl.int64)[:, None] * HIDDEN + column[None, :]
+    if TOKENS == 1:
+        products = tl.zeros([ROWS, COLUMNS], tl.float32)
+        weight_ptrs = weights_ptr + row[:, None] * HIDDEN + column[None, :]
+        for first in range(0, HIDDEN, COLUMNS):
+            inside = first + column < HIDDEN
+            x = tl.load(x_ptrs + first, mask=inside[None, :], other=0).to(tl.float32)
+            products += tl.load(weight_ptrs + first, mask=row_inside[:, None] & inside[None, :], other=0).to(tl.float32) * x
+        return tl.sum(products, axis=1)[None, :]
+    else:
+        logits = tl.zeros([TOKENS, ROWS], tl.float32)
+        weight_ptrs = weights_ptr + row[None, :] * HIDDEN + column[:, None]
+        for first in range(0, HIDDEN, COLUMNS):
+            inside = first + column < HIDDEN
+            x = tl.load(x_ptrs + first, mask=token_inside[:, None] & inside[None, :], other=0)
+            weights = tl.load(weight_ptrs + first, mask=inside[:, None] & row_inside[None, :], other=0)
+            logits = tl.dot(x, weights, logits, input_precision="ieee")
+        return logits
+
+
+@triton.jit
+def _scores(logits, best, total, SOFTMAX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The router's scores of some logits, given the highest logit and the sum of exponentials of their whole rows."""
+    if SOFTMAX:
+        return tl.exp(logits - best) / total
+    else:
+        return tl.sigmoid(logits)
+
+
+@triton.jit
+def _only_best_groups(  # type: ignore[no-untyped-def]
+    choice, real, n_kept, N_GROUPS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, TWO_BEST: tl.constexpr
+):
+    """`choice` [TOKENS, GROUPS * MEMBERS] with -inf outside the `n_kept` best groups of each token."""
+    groups = tl.reshape(tl.where(real & (choice == choice), choice, float("-inf")), [choice.shape[0], GROUPS, MEMBERS])
+    score = tl.max(groups, axis=2)
+    if TWO_BEST:
+        member = tl.arange(0, MEMBERS)[None, None, :]
+        first = tl.min(tl.where(groups == score[:, :, None], member, MEMBERS), axis=2)
+        score += tl.max(tl.where(member == first[:, :, None], float("-inf"), groups), axis=2)
+    group = tl.arange(0, GROUPS)[None, :]
+    keys = selection_keys(score, group, group < N_GROUPS)
+    kept = tl.zeros_like(keys)
+    for _ in range(n_kept):
+        best = keys == tl.max(keys, axis=1, keep_dims=True)
+        kept = tl.where(best, 1, kept)
+        keys = tl.where(best, TAKEN, keys)
+    return tl.reshape(tl.where(kept[:, :, None] == 1, groups, float("-inf")), choice.shape)
