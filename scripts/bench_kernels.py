@@ -29,7 +29,7 @@ from experiments.atomic import write_json
 from experiments.progress import progress_bar
 from experiments.provenance import provenance
 from experiments.statistics import paired_ratio, spread
-from kernels.expert_mlp import expert_mlp
+from kernels.expert_mlp import expert_mlps
 from prefetch.dispatch import dispatch
 
 OURS = "gatecast"
@@ -99,7 +99,8 @@ def implementations(shape: Shape, dtype: torch.dtype, generator: torch.Generator
         """What the runtime does in a layer call with every expert in its slot."""
         work = dispatch(ids)
         inputs = work.inputs(hidden)
-        return work.combine({expert: expert_mlp(inputs[expert], *experts[expert]) for expert in work.experts}, weights)
+        rows = expert_mlps(list(inputs.values()), [experts[expert] for expert in inputs])
+        return work.combine(dict(zip(inputs, rows, strict=True)), weights)
 
     return {OURS: ours} | {name: _of_transformers(name, shape, gate_up, down) for name in TRANSFORMERS}
 

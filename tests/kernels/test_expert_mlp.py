@@ -1,5 +1,6 @@
 """The expert MLP against float64 from the same rounded weights."""
 
+from collections.abc import Sequence
 from random import Random
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.expert_mlp import WIDE_BELOW_ELEMENTS, WIDE_BELOW_ROWS, expert_mlp, weighted_sum
+from kernels.expert_mlp import WIDE_BELOW_ELEMENTS, WIDE_BELOW_ROWS, expert_mlp, expert_mlps, weighted_sum
 from prefetch.dispatch import dispatch
 
 N_ROUNDINGS = 12  # gate, up, silu, their product, the result: each at most half a unit; the rest for the sums
@@ -94,3 +95,46 @@ def test_widened_or_not_the_mlp_is_the_same(dtype: torch.dtype, hidden: int) -> 
     assert relative_error(expert_mlp(x, gate_up, down), exact) <= LIMITS[dtype]
     assert relative_error(expert_mlp(x[:-1], gate_up, down), exact[:-1]) <= LIMITS[dtype]
     assert (gate_up.numel() < WIDE_BELOW_ELEMENTS) == (hidden == 192)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.lists(st.sampled_from([1, 2, 3, 8, 20]), min_size=1, max_size=7),
+    hidden=st.integers(1, 97),
+    inner=st.sampled_from([1, 5, 16, 33, 64, 96]),
+    n_threads=st.sampled_from([1, 2]),
+    seed=st.integers(0, 2**16),
+)
+def test_experts_together_have_the_bits_of_experts_apart(
+    dtype: torch.dtype, rows: list[int], hidden: int, inner: int, n_threads: int, seed: int
+) -> None:
+    """Which experts are computed together depends on which have arrived: no bit of the result may."""
+    random = torch.Generator().manual_seed(seed)
+    weights = [
+        (torch.randn(2 * inner, hidden, generator=random).to(dtype), torch.randn(hidden, inner, generator=random).to(dtype))
+        for _ in rows
+    ]
+    xs = torch.randn(sum(rows), hidden, generator=random).to(dtype).split(rows)
+    check_same_bits(xs, weights, n_threads)
+
+
+def test_activations_of_many_rows_are_not_cut_among_threads() -> None:
+    random = torch.Generator().manual_seed(0)
+    weights = [(torch.randn(1056, 24, generator=random), torch.randn(24, 528, generator=random)) for _ in range(3)]
+    check_same_bits(torch.randn(270, 24, generator=random).split([50, 61, 159]), weights, n_threads=2)
+
+
+def test_no_experts_give_no_rows() -> None:
+    assert expert_mlps([], []) == []
+
+
+def check_same_bits(xs: Sequence[torch.Tensor], weights: list[tuple[torch.Tensor, torch.Tensor]], n_threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        together = expert_mlps(xs, weights)
+        assert len(together) == len(xs)
+        assert all(torch.equal(rows, expert_mlp(x, *weight)) for rows, x, weight in zip(together, xs, weights, strict=True))
+    finally:
+        torch.set_num_threads(before)
