@@ -88,7 +88,8 @@ def flops_per_call(predictor: Predictor, views: Sequence[LayerView]) -> float:
     predictor.start_sequence()
     for seen in views:
         with FlopCounterMode(display=False) as counter:
-            predicted = predictor.predict(seen)
+            early = predictor.predict_before_attention(seen.before_attention) if predictor.before_attention else []
+            predicted = early + predictor.predict(seen)
         if predicted:
             found.append(counter.get_total_flops())
     return float(np.mean(found)) if found else 0.0

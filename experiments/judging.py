@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from predictors.base import LayerView, Prediction, Predictor
+from predictors.lookahead import layers_ahead
 from predictors.recording import RecordedDocument, Recording
 from prefetch.errors import PredictorError
 from prefetch.geometry import MoEGeometry
@@ -50,25 +52,32 @@ def _judge_one(predictor: Predictor, views: Iterable[LayerView], geometry: MoEGe
     call_s: list[float] = []
     pending: dict[int, Tensor] = {}  # target layer of this forward pass -> its latest, nearest scores, [T or 1, E]
     for_next_pass: dict[int, Tensor] = {}
-    for seen in views:
-        if seen.layer == 0:
-            pending, for_next_pass = for_next_pass, {}
-            recorder.begin_forward(seen.sequence, seen.step, seen.token_ids)
-        recorder.routed(seen.topk_ids, seen.topk_weights)
-        if seen.layer in pending and len(pending[seen.layer]) in (1, len(seen.token_ids)):
-            given = pending[seen.layer].expand(len(seen.token_ids), -1)
-            scores[seen.layer].append(given)
-            chosen[seen.layer].append(torch.zeros_like(given).scatter_(1, seen.topk_ids, 1.0))
+
+    def hear(ask: Callable[[], list[Prediction]], seen: LayerView, *, before_attention: bool = False) -> None:
         began = time.perf_counter()
-        predictions = _guarded(predictor, seen)
+        predictions = _guarded(predictor, ask, seen.layer)
         ended = time.perf_counter()
         if predictions and len(seen.token_ids) == 1:
             call_s.append(ended - began)
         for prediction in predictions:
             _check(predictor, prediction, seen, geometry)
-            recorder.guessed(prediction, seen.layer, nothing_resident)
-            meant_for = pending if prediction.layer > seen.layer else for_next_pass
+            ahead = layers_ahead(seen.layer, prediction.layer, geometry.n_layers, before_attention=before_attention)
+            recorder.guessed(prediction, ahead, nothing_resident)
+            meant_for = for_next_pass if ahead > prediction.layer else pending
             meant_for[prediction.layer] = prediction.scores.float()
+
+    for seen in views:
+        if seen.layer == 0:
+            pending, for_next_pass = for_next_pass, {}
+            recorder.begin_forward(seen.sequence, seen.step, seen.token_ids)
+        if predictor.before_attention:
+            hear(partial(predictor.predict_before_attention, seen.before_attention), seen, before_attention=True)
+        recorder.routed(seen.topk_ids, seen.topk_weights)
+        if seen.layer in pending and len(pending[seen.layer]) in (1, len(seen.token_ids)):
+            given = pending[seen.layer].expand(len(seen.token_ids), -1)
+            scores[seen.layer].append(given)
+            chosen[seen.layer].append(torch.zeros_like(given).scatter_(1, seen.topk_ids, 1.0))
+        hear(partial(predictor.predict, seen), seen)
         if seen.layer == geometry.n_layers - 1:
             recorder.end_forward()
     return Judged(recorder.trace({}), scores, chosen, call_s)
@@ -85,12 +94,12 @@ def samples(judged: Iterable[Judged]) -> dict[int, tuple[Tensor, Tensor]]:
     return {target: (torch.cat(parts), torch.cat(chosen[target])) for target, parts in scores.items() if parts}
 
 
-def _guarded(predictor: Predictor, seen: LayerView) -> list[Prediction]:
+def _guarded(predictor: Predictor, ask: Callable[[], list[Prediction]], layer: int) -> list[Prediction]:
     try:
-        return predictor.predict(seen)
+        return ask()
     except (ValueError, RuntimeError, IndexError, KeyError, AssertionError, AttributeError, TypeError) as error:
         raise PredictorError(
-            f"predictor {predictor.name} failed at MoE layer {seen.layer} ({type(error).__name__}: {error})"
+            f"predictor {predictor.name} failed at MoE layer {layer} ({type(error).__name__}: {error})"
         ) from error
 
 

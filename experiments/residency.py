@@ -35,11 +35,11 @@ def with_residency(trace: RoutingTrace, held: Snapshots) -> RoutingTrace:
 
 
 def _at_guess(trace: RoutingTrace, held: Snapshots, lookahead: int) -> NDArray[np.bool_]:
-    """[N, L, E]: a guess was made `lookahead` layer calls before the one it is for."""
+    """[N, L, E]: a guess was made `lookahead` layer calls before the one it is for; before its attention that is as after the last."""
     found = np.zeros((trace.n_tokens, trace.n_layers, trace.n_experts), bool)
     for index, forward in enumerate(trace.forwards()):
         for target in range(trace.n_layers):
-            call = index * trace.n_layers + target - lookahead
+            call = index * trace.n_layers + target - max(lookahead, 1)
             if call >= 0:
                 found[forward.rows, target] = held[call, target]
     return found

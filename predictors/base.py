@@ -39,6 +39,17 @@ class ModelView:
 
 
 @dataclass(frozen=True)
+class AttentionView:
+    """What is known of one MoE layer before its attention: half a layer ahead of its own router."""
+
+    layer: int
+    step: int
+    sequence: int
+    pre_attention: Tensor  # [T, H], the layer's normalised input
+    token_ids: Tensor  # [T] int64
+
+
+@dataclass(frozen=True)
 class LayerView:
     """What one MoE layer has seen when its router has just fired. `T` tokens of one forward pass."""
 
@@ -52,12 +63,18 @@ class LayerView:
     token_ids: Tensor  # [T] int64
     pre_attention: Tensor | None = None  # [T, H], this layer's normalised input before attention; unless `needs_pre_attention`
 
+    @property
+    def before_attention(self) -> AttentionView:
+        """What was known of this layer before its attention."""
+        assert self.pre_attention is not None, "needs_pre_attention is set: the state must have been captured"
+        return AttentionView(self.layer, self.step, self.sequence, self.pre_attention, self.token_ids)
+
 
 @dataclass(frozen=True)
 class Prediction:
     """Scores for one coming MoE layer. Higher is likelier; only the order within a row carries meaning."""
 
-    layer: int  # target layer; if it is <= the observing layer, it is meant for the next forward pass
+    layer: int  # target layer; one that has routed already when it is predicted is meant for the next forward pass
     scores: Tensor  # [T, E], or [1, E] where the same ranking serves all tokens; finite, -inf = never
 
 
@@ -66,6 +83,7 @@ class Predictor(ABC):
 
     needs_residual = False  # True: the runtime captures `LayerView.residual`
     needs_pre_attention = False  # True: the runtime captures `LayerView.pre_attention`
+    before_attention = False  # True: `predict_before_attention` is called too; needs `needs_pre_attention`
     sees_every_call = False  # True: called even while every expert is on board and nothing can be prefetched
     name: str = ""
 
@@ -79,6 +97,10 @@ class Predictor(ABC):
     @abstractmethod
     def predict(self, seen: LayerView) -> list[Prediction]:
         """Scores for zero or more coming layers, nearest first. Called once per MoE layer call, in layer order."""
+
+    def predict_before_attention(self, seen: AttentionView) -> list[Prediction]:
+        """Likewise, called ahead of each MoE layer's attention: `seen.layer` itself may be predicted, and is the nearest."""
+        return []
 
 
 def stable_top(scores: Tensor, m: int) -> Tensor:

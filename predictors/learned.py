@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from predictors import weights as weights_file
-from predictors.base import LayerView, ModelView, Prediction, Predictor
+from predictors.base import AttentionView, LayerView, ModelView, Prediction, Predictor
 from predictors.calibration import Calibration
 from predictors.lookahead import check_lookahead
 from prefetch.errors import ConfigError, PredictorError
@@ -178,7 +178,7 @@ class OneHeadPerTarget(nn.Module):
         return logits
 
 
-def read_feature(seen: LayerView, name: str) -> Tensor:
+def read_feature(seen: LayerView | AttentionView, name: str) -> Tensor:
     """One state of `seen` as float32 [T, H]: "hidden", "residual" or "pre_attention".
 
     Raises:

@@ -28,7 +28,9 @@ class TransferRecord:
     kind: str  # "demand" | "prefetch", at submission
     sequence: int  # when submitted
     step: int
-    lookahead: int  # layers from the prediction to its target; 0 for a demand load
+    lookahead: (
+        int  # layers from the prediction to its target; 0 for a demand load, and for a layer predicted before its attention
+    )
     outcome: str = ""  # "demand" | "useful" | "wasted" | "cancelled" | "failed"
     late: bool = False  # useful, but it had not fully arrived when its layer needed it
 

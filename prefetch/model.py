@@ -80,9 +80,9 @@ def attach(model: PreTrainedModel, runtime: OffloadRuntime) -> Iterator[OffloadR
             for norm in pre_moe_norms(model, family):
                 undo.callback(norm.register_forward_pre_hook(_capture_residual(runtime)).remove)
         if runtime.predictor.needs_pre_attention:
-            for layer_module in _moe_layers(model):
+            for layer, layer_module in enumerate(_moe_layers(model)):
                 norm = getattr(layer_module, family.pre_attention_norm)
-                undo.callback(norm.register_forward_hook(_capture_pre_attention(runtime)).remove)
+                undo.callback(norm.register_forward_hook(_before_attention(runtime, layer)).remove)
         undo.callback(model.register_forward_pre_hook(_begin(runtime), with_kwargs=True).remove)
         undo.callback(model.register_forward_hook(_end(runtime)).remove)
         yield runtime
@@ -201,9 +201,9 @@ def _capture_residual(runtime: OffloadRuntime) -> Callable:
     return hook
 
 
-def _capture_pre_attention(runtime: OffloadRuntime) -> Callable:
+def _before_attention(runtime: OffloadRuntime, layer: int) -> Callable:
     def hook(norm: nn.Module, args: tuple, output: Tensor) -> None:
-        runtime.pre_attention = output.reshape(-1, output.shape[-1])
+        runtime.before_attention(layer, output.reshape(-1, output.shape[-1]))
 
     return hook
 

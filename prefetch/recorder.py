@@ -106,21 +106,11 @@ class Recorder:
         self.forwards[-1].topk_ids.append(topk_ids)
         self.forwards[-1].topk_weights.append(topk_weights)
 
-    def guessed(self, prediction: Prediction, source_layer: int, slots: bytes) -> None:
-        """A predictor's scores, made at `source_layer` of the forward pass under way; `slots` of the layer they are for."""
+    def guessed(self, prediction: Prediction, lookahead: int, slots: bytes) -> None:
+        """A predictor's scores, made `lookahead` layers ahead in the forward pass under way; `slots` of the layer they are for."""
         now = self.forwards[-1]
-        ahead = prediction.layer - source_layer
-        wraps = ahead <= 0  # meant for the next forward pass
-        self.guesses.append(
-            Guess(
-                now.sequence,
-                now.step + wraps,
-                prediction.layer,
-                ahead + wraps * self.geometry.n_layers,
-                prediction.scores,
-                slots,
-            )
-        )
+        next_pass = lookahead > prediction.layer
+        self.guesses.append(Guess(now.sequence, now.step + next_pass, prediction.layer, lookahead, prediction.scores, slots))
 
     def called(self, layer: int, n_tokens: int, counts: Sequence[int], timer: CallTimer, end_s: float) -> None:
         """One layer call is over. `counts` = needed, hits, late, misses, computed on the CPU."""

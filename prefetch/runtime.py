@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
 from kernels.expert_mlp import expert_mlp, expert_mlps
-from predictors.base import LayerView, ModelView, Prediction, Predictor
+from predictors.base import AttentionView, LayerView, ModelView, Prediction, Predictor
+from predictors.lookahead import layers_ahead
 from predictors.none import NoPredictor
 from prefetch.dispatch import Dispatch, dispatch
 from prefetch.errors import GatecastError, RoutingError, TransferError
@@ -47,6 +49,7 @@ class OffloadRuntime:
         self.sequence, self.step = -1, 0
         self.residual: Tensor | None = None  # of the layer in progress, where the predictor asks for it
         self.pre_attention: Tensor | None = None  # likewise
+        self.early_s = 0.0  # spent on predicting before the attention of the layer in progress
         planner.bind(geometry)
 
     def bind(self, model: ModelView) -> None:
@@ -69,6 +72,20 @@ class OffloadRuntime:
         """The forward pass is over."""
         self.recorder.end_forward()
 
+    def before_attention(self, layer: int, pre_attention: Tensor) -> None:
+        """MoE layer `layer` is about to attend, with `pre_attention` [T, H] as its normalised input: predict where that is asked for.
+
+        The time is counted in the layer call that follows, as if it had begun that much earlier.
+        """
+        self.pre_attention = pre_attention
+        if not self.predictor.before_attention or self._nothing_to_prefetch():
+            return
+        started = time.perf_counter()
+        seen = AttentionView(layer, self.step, self.sequence, pre_attention, self.token_ids)
+        predictions = self._guarded(lambda: self.predictor.predict_before_attention(seen), layer)
+        self._prefetch(predictions, layer, [], before_attention=True)
+        self.early_s = time.perf_counter() - started
+
     def layer_call(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """The MoE layer's output [T, H].
 
@@ -81,7 +98,8 @@ class OffloadRuntime:
             RoutingError: the router's weights are not finite.
             TransferError: a needed expert could not be read.
         """
-        timer = CallTimer(time.perf_counter())
+        timer = CallTimer(time.perf_counter() - self.early_s, predictor_s=self.early_s)
+        self.early_s = 0.0
         self._check_routing(layer, topk_weights)
         self.recorder.routed(topk_ids, topk_weights)
         work = dispatch(topk_ids)
@@ -125,39 +143,47 @@ class OffloadRuntime:
     def _predict_and_prefetch(
         self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, work: Dispatch, timer: CallTimer
     ) -> None:
-        """While the demand loads travel: ask the predictor, record its guesses, start what the planner chooses.
-
-        With every expert on board there is nothing to prefetch, and predicting would only cost time.
-        """
-        if type(self.predictor) is NoPredictor or (self.tier.holds_everything and not self.predictor.sees_every_call):
+        """While the demand loads travel: ask the predictor, record its guesses, start what the planner chooses."""
+        if type(self.predictor) is NoPredictor or self._nothing_to_prefetch():
             return
         started = time.perf_counter()
         seen = LayerView(
             layer, self.step, self.sequence, hidden, self.residual, ids, weights, self.token_ids, self.pre_attention
         )
-        predictions = self._guarded_predictions(seen)
-        for prediction in predictions:
-            self.recorder.guessed(prediction, layer, self.tier.pool.slots_of(prediction.layer))
-        planned = self.planner.plan(predictions, self._tier_view()) if predictions else []
-        if planned:
-            in_use = {self.keys[layer][e] for e in work.experts}
-            for key in planned:
-                self.tier.stage(key, (key.layer - layer - 1) % self.geometry.n_layers + 1, in_use)
+        predictions = self._guarded(lambda: self.predictor.predict(seen), layer)
+        self._prefetch(predictions, layer, work.experts)
         timer.predictor_s += time.perf_counter() - started
 
-    def _guarded_predictions(self, seen: LayerView) -> list[Prediction]:
+    def _nothing_to_prefetch(self) -> bool:
+        """With every expert on board predicting would only cost time."""
+        return self.tier.holds_everything and not self.predictor.sees_every_call
+
+    def _prefetch(
+        self, predictions: list[Prediction], layer: int, computing: Sequence[int], *, before_attention: bool = False
+    ) -> None:
+        """Record guesses made at `layer`, whose experts `computing` are in use, and start what the planner chooses."""
+        ahead = partial(layers_ahead, layer, n_layers=self.geometry.n_layers, before_attention=before_attention)
+        for prediction in predictions:
+            self.recorder.guessed(prediction, ahead(prediction.layer), self.tier.pool.slots_of(prediction.layer))
+        planned = self.planner.plan(predictions, self._tier_view()) if predictions else []
+        if planned:
+            in_use = {self.keys[layer][e] for e in computing}
+            for key in planned:
+                self.tier.stage(key, ahead(key.layer), in_use)
+
+    def _guarded(self, predict: Callable[[], list[Prediction]], layer: int) -> list[Prediction]:
         """A prediction is a hint: one that fails must not stop the run. It is reported once and switched off."""
         try:
-            predictions = self.predictor.predict(seen)
+            predictions = predict()
             for prediction in predictions:
-                _check_prediction(prediction, len(seen.hidden), self.geometry)
+                _check_prediction(prediction, len(self.token_ids), self.geometry)
             return predictions
         except GatecastError:
             raise  # the user's mistake, such as an oracle's trace of another run: a comparison without it would mislead
         except Exception as error:  # whatever a plug-in raises
             log.warning(
                 "predictor %s failed at MoE layer %d (%s: %s): going on without prefetch",
-                type(self.predictor).__name__, seen.layer, type(error).__name__, error,
+                type(self.predictor).__name__, layer, type(error).__name__, error,
             )  # fmt: skip
             self.predictor = NoPredictor()
             return []

@@ -17,6 +17,7 @@ from experiments.config import register
 from experiments.judging import judge, samples
 from experiments.model_view import load_model_view
 from predictors.base import LayerView, Prediction, Predictor
+from predictors.pre_attention import PreAttention
 from predictors.recording import Recording
 from prefetch.errors import PredictorError
 from prefetch.trace import RoutingTrace
@@ -92,6 +93,22 @@ def test_samples_are_the_scores_of_each_token_and_what_its_router_chose(recordin
         expected = view.router_logits[target](view.pre_moe_norm[target](residual))
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(chosen.nonzero()[:, 1].view(-1, 4), rows[target].topk_ids.sort(1).values)
+
+
+def test_what_is_said_before_attention_is_judged_at_the_layer_itself(recording: Recording, model: tuple) -> None:
+    view, geometry = model
+    predictor = PreAttention(width=16)
+    predictor.use(view)
+    predictor.network = predictor.build().requires_grad_(False)
+    documents = recording.split("workload")
+    judged = list(judge(predictor, recording, documents, geometry))
+    found = samples(judged)
+    for layer, expected in predictor.logits(recording.rows(documents)).items():
+        torch.testing.assert_close(found[layer][0], expected)
+        ranked = np.concatenate([one.trace.guesses[0][:, layer] for one in judged])
+        scores = np.take_along_axis(found[layer][0].numpy(), ranked.astype(np.int64), axis=1)
+        assert (np.diff(scores, axis=1) <= 0).all()
+    assert set(found) == set(range(8)) and all(set(one.trace.guesses) == {0} for one in judged)
 
 
 class Failing(Predictor):

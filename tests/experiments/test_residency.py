@@ -16,7 +16,7 @@ def random_trace(n_steps: int, seed: int) -> RoutingTrace:
     random = np.random.default_rng(seed)
     step = np.array([0, 0, 0, *range(1, n_steps)], np.int32)
     ids = np.stack([[random.permutation(6)[:2] for _ in range(3)] for _ in step]).astype(np.uint16)
-    guesses = {d: np.zeros((len(step), 3, 2), np.int16) for d in (1, 4)}
+    guesses = {d: np.zeros((len(step), 3, 2), np.int16) for d in (0, 1, 4)}
     return RoutingTrace(
         sequence=np.zeros(len(step), np.int32), step=step, phase=(step > 0).astype(np.uint8),
         token_ids=np.zeros(len(step), np.int32), topk_ids=ids, topk_weights=np.full(ids.shape, 0.5, np.float32), n_experts=6,
@@ -48,8 +48,8 @@ def test_residency_is_that_of_the_layer_call_that_guessed() -> None:
         resident = with_residency(trace, snapshots).resident
         for index, forward in enumerate(trace.forwards()):
             for target in range(3):
-                for lookahead in (1, 4):
-                    call = 3 * index + target - lookahead  # counted through passes
+                for lookahead in (0, 1, 4):
+                    call = 3 * index + target - (lookahead or 1)  # through passes; before its attention as after the last call
                     expected = [call >= 0 and (target, expert) in after[call] for expert in range(6)]
                     for row in range(forward.rows.start, forward.rows.stop):
                         assert resident[lookahead][row, target].tolist() == expected

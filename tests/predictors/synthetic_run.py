@@ -17,6 +17,7 @@ from torch import Tensor
 from predictors.base import LayerView, ModelView, Prediction, Predictor, PreGateView
 from predictors.fitting import FitOptions, fit
 from predictors.learned import LearnedPredictor
+from predictors.lookahead import layers_ahead
 from prefetch.trace import RoutingTrace
 
 STATES = ("hidden", "residual", "topk_ids", "topk_weights", "token_ids", "pre_attention")
@@ -105,7 +106,8 @@ def show(predictor: Predictor, run: Run) -> Iterator[tuple[LayerView, list[Predi
         if view.sequence != sequence:
             predictor.start_sequence()
             sequence = view.sequence
-        yield view, predictor.predict(view)
+        early = predictor.predict_before_attention(view.before_attention) if predictor.before_attention else []
+        yield view, early + predictor.predict(view)
 
 
 def check_contract(predictor: Predictor, run: Run) -> None:
@@ -113,7 +115,8 @@ def check_contract(predictor: Predictor, run: Run) -> None:
     given: list[Tensor] = []
     copies: list[Tensor] = []
     for view, predictions in show(predictor, run):
-        distances = [(p.layer - view.layer - 1) % N_LAYERS + 1 for p in predictions]
+        ahead = partial(layers_ahead, view.layer, n_layers=N_LAYERS, before_attention=predictor.before_attention)
+        distances = [ahead(p.layer) for p in predictions]
         assert distances == sorted(set(distances)), f"layer {view.layer}: not nearest first, or one twice: {distances}"
         farthest = getattr(predictor, "lookahead", N_LAYERS)
         assert all(d <= farthest for d in distances), f"predicts {distances} layers ahead, its lookahead is {farthest}"
