@@ -42,12 +42,14 @@ class ActivationMatrix(Predictor):
         self.matrices = torch.zeros(0, model.n_layers * model.n_experts)  # counts
         self.running = torch.zeros(model.n_layers, model.n_experts)
 
+    @torch.inference_mode()
     def start_sequence(self) -> None:
         """The sequence that ended joins the collection."""
         if self.running.any():
             self._keep(self.running.reshape(1, -1))
             self.running = torch.zeros_like(self.running)
 
+    @torch.inference_mode()
     def predict(self, seen: LayerView) -> list[Prediction]:
         """Count this layer's routing, then [1, E] for coming layers; nothing until a sequence has ended."""
         self.running[seen.layer].scatter_add_(0, seen.topk_ids.reshape(-1), torch.ones(seen.topk_ids.numel()))

@@ -38,6 +38,7 @@ class CoOccurrence(Predictor):
         self.counts = [torch.zeros(model.n_experts, model.n_experts) for _ in range(model.n_layers - self.lookahead)]
         self.selected: dict[int, Tensor] = {}  # layer of this forward pass -> ids [T, k]
 
+    @torch.inference_mode()
     def predict(self, seen: LayerView) -> list[Prediction]:
         """Count this layer's experts with those `lookahead` before, then [T, E] for layer `seen.layer + lookahead`."""
         if seen.layer == 0:

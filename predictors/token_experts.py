@@ -38,6 +38,7 @@ class TokenExperts(Predictor):
         self.counts = torch.zeros(0, model.n_layers, model.n_experts)
         self.popularity = torch.zeros(model.n_layers, model.n_experts)
 
+    @torch.inference_mode()
     def predict(self, seen: LayerView) -> list[Prediction]:
         """Count this layer's routing, then [T, E] for the next `lookahead` layers; nothing past the last layer."""
         rows = self._rows(seen.token_ids)

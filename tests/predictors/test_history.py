@@ -95,6 +95,7 @@ def test_the_most_similar_past_sequence_is_found() -> None:
             assert set(p.scores[0].topk(2).indices.tolist()) == {p.layer % 4, (p.layer + 1) % 4}
 
 
+@torch.inference_mode()
 def test_a_full_collection_replaces_what_is_most_alike() -> None:
     predictor = ActivationMatrix(capacity=2, n_matches=1)
     predictor.bind(RUN.model)
@@ -121,3 +122,15 @@ def test_a_full_collection_replaces_what_is_most_alike() -> None:
 def test_impossible_knobs_are_named(make: type[Predictor], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize("family", [CoOccurrence, TokenExperts, ActivationMatrix])
+def test_they_count_whether_or_not_in_inference_mode(family: type[Predictor]) -> None:
+    """A run decodes in inference mode; costs are counted outside of it, after."""
+    predictor, outside = family(), family()
+    with torch.inference_mode():
+        list(show(predictor, RUN))
+    predictor.start_sequence()
+    found = [p.scores for _, given in zip(range(8), show(predictor, RUN), strict=False) for p in given[1]]
+    expected = [p.scores for _, given in zip(range(8), show(outside, RUN), strict=False) for p in given[1]]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
