@@ -36,7 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="GPUs to compile for")
     parser.add_argument("--csv", type=Path, help="also write the table to this file")
     chosen = parser.parse_args(arguments)
-    reports, faults = compile_all(chosen.parts)
+    try:
+        reports, faults = compile_all(chosen.parts)
+    except KernelInputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     Console(width=None if sys.stdout.isatty() else 140).print(table(reports))
     if chosen.csv:
         write_csv(chosen.csv, reports)
