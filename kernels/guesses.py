@@ -11,7 +11,6 @@ from torch import Tensor
 
 from kernels.launch import check_at_most, check_tensor
 from kernels.selection import highest, highest_reference, selection_keys
-from prefetch.errors import KernelInputError
 
 
 class Guesses(NamedTuple):
@@ -57,13 +56,6 @@ class Guesses(NamedTuple):
             "LANES": triton.next_power_of_2(n_experts),
             "GUESSES": triton.next_power_of_2(self.n_guesses),
         }
-
-
-def check_arrivals(arrivals: Tensor, n_counts: int, device: torch.device) -> None:
-    """Refuse arrival counts (int32 zeros, kept at zero by the kernels) that are fewer than `n_counts`."""
-    check_tensor("arrivals", arrivals, [None], [torch.int32], device)
-    if len(arrivals) < n_counts:
-        raise KernelInputError(f"arrivals has {len(arrivals)} counts, this call needs {n_counts}")
 
 
 def guesses_reference(logits: Tensor, n_guesses: int, threshold: float) -> Guesses:

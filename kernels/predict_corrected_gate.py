@@ -22,10 +22,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import gelu as torch_gelu
 
+from kernels.compile_case import SHORT_NAMES, CompileCase, Expectations
 from kernels.gelu import gelu
-from kernels.guesses import Guesses, check_arrivals, guesses_reference, write_guesses
+from kernels.guesses import Guesses, guesses_reference, write_guesses
 from kernels.launch import FLOAT_DTYPES, Launch, check_aligned, check_at_most, check_launchable, check_tensor
-from kernels.selection import last_to_arrive
+from kernels.selection import check_arrivals, last_to_arrive
 
 MAX_RANK = 1024
 TILE = 16_384  # weights of the correction in flight: 64 a thread
@@ -184,6 +185,22 @@ def corrected_gate_launch(call: CorrectedGateCall, out: Guesses, arrivals: Tenso
         },
         num_warps=8,
     )
+
+
+def compile_cases() -> list[CompileCase]:
+    """For the ahead-of-time compiler: both corrections of rank 64, at Qwen3-30B-A3B's size."""
+    hidden, n_experts, rank = 2048, 128, 128
+    cases = []
+    for dtype in (torch.bfloat16, torch.float32):
+        norm = torch.empty(hidden, dtype=dtype, device="meta")
+        entry, correction = norm.new_empty(n_experts + rank, hidden), norm.new_empty(n_experts, rank)
+        head = CorrectedGateHead(norm, 1e-6, entry, correction, offset=norm)
+        for n_tokens in (1, 8):
+            call = CorrectedGateCall(head, norm.new_empty(n_tokens, hidden))
+            launch = corrected_gate_launch(call, call.new_result(16), norm.new_empty(n_tokens, dtype=torch.int32))
+            name = f"Qwen3-30B-A3B T={n_tokens} {SHORT_NAMES[dtype]}"
+            cases.append(CompileCase(name, launch, Expectations(wide_loads=True)))
+    return cases
 
 
 @triton.jit

@@ -25,14 +25,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import gelu as torch_gelu
 
+from kernels.compile_case import SHORT_NAMES, CompileCase, Expectations
 from kernels.gelu import gelu
-from kernels.guesses import Guesses, check_arrivals, guesses_reference, write_guesses
+from kernels.guesses import Guesses, guesses_reference, write_guesses
 from kernels.launch import FLOAT_DTYPES, Launch, check_aligned, check_at_most, check_launchable, check_tensor
-from kernels.selection import last_to_arrive
+from kernels.selection import check_arrivals, last_to_arrive
 from prefetch.errors import KernelInputError
 
 MAX_WIDTH = 1024  # a program holds one vector of it in registers, beside a tile of the matrices
-TILE = 16_384  # weights of each matrix in flight: 64 a thread
+TILE_BYTES = 32_768  # of each matrix in flight: 128 a thread
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,7 @@ def predict_launch(call: MlpCall, out: Guesses, arrivals: Tensor) -> Launch:
             "state_ptr": torch.empty(call.n_tokens, n_rows, device=call.x.device),
             "arrivals_ptr": arrivals,
             "n_rows": n_rows,
+            "n_units": head.width,
             "top_k": call.topk_ids.shape[1],
             "HIDDEN": head.hidden,
             "N_WIDTH": head.width,
@@ -243,10 +245,32 @@ def predict_launch(call: MlpCall, out: Guesses, arrivals: Tensor) -> Launch:
             "ROWS": rows,
             "COLUMNS": min(2048, triton.next_power_of_2(head.hidden)),
             "WIDTH": wide,
-            "CHUNK": min(TILE // wide, wide),
+            "CHUNK": min(TILE_BYTES // (wide * head.entry.dtype.itemsize), wide),
         },
         num_warps=8,
     )
+
+
+def compile_cases() -> list[CompileCase]:
+    """For the ahead-of-time compiler: a middle head of 256, at Qwen3-30B-A3B's size."""
+    return [_compile_case(dtype, n_tokens) for dtype in (torch.bfloat16, torch.float32) for n_tokens in (1, 8)]
+
+
+def _compile_case(dtype: torch.dtype, n_tokens: int, hidden: int = 2048, n_experts: int = 128, width: int = 256) -> CompileCase:
+    def meta(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    single = torch.float32
+    square, bias = meta(width, width), meta(width, kind=single)
+    head = MlpHead(
+        meta(2 * width, hidden), meta(2 * width, kind=single), meta(2, n_experts, width),
+        meta(n_experts, width), meta(n_experts, kind=single), ResidualBlock(square, bias, square, bias),
+    )  # fmt: skip
+    routed = meta(n_tokens, 8, kind=torch.int32), meta(n_tokens, 8, kind=single)
+    call = MlpCall(head, meta(n_tokens, hidden), *routed, prior=meta(n_tokens, n_experts, kind=single))
+    launch = predict_launch(call, call.new_result(16), meta(n_tokens, kind=torch.int32))
+    name = f"Qwen3-30B-A3B T={n_tokens} {SHORT_NAMES[dtype]}"
+    return CompileCase(name, launch, Expectations(max_registers=180, wide_loads=True))
 
 
 @triton.jit
@@ -254,11 +278,14 @@ def _predict_kernel(  # type: ignore[no-untyped-def]
     x_ptr, topk_ids_ptr, topk_weights_ptr, prior_ptr, entry_ptr, entry_bias_ptr, routing_ptr,
     block_enter_ptr, block_enter_bias_ptr, block_leave_ptr, block_leave_bias_ptr, leave_ptr, leave_bias_ptr,
     state_ptr, arrivals_ptr, logits_ptr, guess_ids_ptr, guess_scores_ptr,
-    n_rows, top_k, n_experts, n_guesses, threshold,
+    n_rows, n_units, top_k, n_experts, n_guesses, threshold,
     HIDDEN: tl.constexpr, N_WIDTH: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr, GUESSES: tl.constexpr,
 ):  # fmt: skip
-    """ROWS entries of one token's v and s; in the token's last program, all that follows."""
+    """ROWS entries of one token's v and s; in the token's last program, all that follows.
+
+    `n_units` is N_WIDTH, at run time: LLVM unrolls a loop whose length it knows until registers spill.
+    """
     token = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
@@ -288,7 +315,7 @@ def _predict_kernel(  # type: ignore[no-untyped-def]
     v = tl.load(state_ptr + wide, mask=wide_inside, other=0)
     if block_enter_ptr is not None:
         products = tl.zeros([CHUNK, WIDTH], tl.float32)
-        for first in range(0, N_WIDTH, CHUNK):
+        for first in range(0, n_units, CHUNK):
             unit = first + tl.arange(0, CHUNK)
             at = unit[:, None] * N_WIDTH + wide[None, :]
             inside = (unit < N_WIDTH)[:, None] & wide_inside[None, :]

@@ -11,8 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import check_tensor
+from prefetch.errors import KernelInputError
+
 TAKEN = tl.constexpr(-(2**63))  # below the key of every score, -inf too
 ID_BITS = tl.constexpr(2**31 - 1)
+
+
+def check_arrivals(arrivals: Tensor, n_counts: int, device: torch.device) -> None:
+    """Refuse arrival counts (int32 zeros, kept at zero by the kernels) that are fewer than `n_counts`."""
+    check_tensor("arrivals", arrivals, [None], [torch.int32], device)
+    if len(arrivals) < n_counts:
+        raise KernelInputError(f"arrivals has {len(arrivals)} counts, this call needs {n_counts}")
 
 
 def highest_reference(scores: Tensor, n: int) -> Tensor:
