@@ -18,6 +18,7 @@ from predictors.calibration import Calibration, Reliability, reliability
 from predictors.evaluation import count_guesses
 from predictors.learned import LearnedPredictor
 from predictors.oracle import Oracle
+from predictors.own_gate import OwnGate
 from predictors.recording import RecordedDocument, Recording, joined
 from prefetch.geometry import MoEGeometry
 
@@ -98,6 +99,8 @@ def flops_per_call(predictor: Predictor, views: Sequence[LayerView]) -> float:
 def _judged(predictor: Predictor, court: Courtroom, documents: Sequence[RecordedDocument]) -> list[Judged]:
     if isinstance(predictor, Oracle):
         predictor.use_trace(joined([court.recording.trace(document) for document in documents]))
+    if isinstance(predictor, OwnGate):
+        predictor.use_states(lambda sequence: court.recording.views(documents[sequence], sequence))
     predictor.bind(court.model)
     return list(judge(predictor, court.recording, documents, court.geometry))
 

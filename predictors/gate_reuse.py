@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from predictors.base import LayerView, ModelView, Prediction, Predictor
 from predictors.lookahead import check_lookahead
 
 
 @dataclass
 class GateReuse(Predictor):
-    """Scores are the target router's logits on today's residual."""
+    """Scores are the target router's logits on today's residual. Variants replace the stream that it reads."""
 
     lookahead: int = 1  # layers between the observation and its one target
 
@@ -29,9 +31,16 @@ class GateReuse(Predictor):
 
     def predict(self, seen: LayerView) -> list[Prediction]:
         """Logits [T, E] for layer `seen.layer + lookahead`; nothing past the last layer."""
-        assert seen.residual is not None, "needs_residual is set: the runtime must capture the residual"
         target = seen.layer + self.lookahead
         if target >= self.model.n_layers:
             return []
-        router_input = self.model.pre_moe_norm[target](seen.residual)
+        stream = self.stream(seen, target)
+        if stream is None:
+            return []
+        router_input = self.model.pre_moe_norm[target](stream)
         return [Prediction(target, self.model.router_logits[target](router_input))]
+
+    def stream(self, seen: LayerView, target: int) -> Tensor | None:
+        """What `target`'s norm and router are applied to, [T, H]; None: there is nothing to go by yet."""
+        assert seen.residual is not None, "needs_residual is set: the runtime must capture the residual"
+        return seen.residual

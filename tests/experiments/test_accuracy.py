@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-PREDICTORS = "predictors=[popularity,gate_reuse,'gate_reuse lookahead=2',corrected_gate,oracle]"
+PREDICTORS = "predictors=[popularity,gate_reuse,'gate_reuse lookahead=2',corrected_gate,oracle,own_gate]"
 SMALL = ["held_out_one_in=2", "bootstrap=50", "tracking=disabled"]
 
 
@@ -42,7 +42,7 @@ def test_it_leaves_tables_and_pictures(finished: Path) -> None:
         assert (finished / f"{name}.png").stat().st_size > 10_000
     stored = json.loads((finished / "accuracy.json").read_text())
     assert {"config", "provenance", "accuracy", "per_layer", "gain", "cost"} == set(stored)
-    assert len(stored["accuracy"]) == 5 * 2 * 2 and {row["lookahead"] for row in stored["accuracy"]} == {1, 2}
+    assert len(stored["accuracy"]) == 6 * 2 * 2 and {row["lookahead"] for row in stored["accuracy"]} == {1, 2}
 
 
 def test_the_oracle_is_always_right_and_popularity_far_from_it(table: pd.DataFrame) -> None:
@@ -50,6 +50,10 @@ def test_the_oracle_is_always_right_and_popularity_far_from_it(table: pd.DataFra
     assert (table.loc["oracle", rates] == 1.0).all(axis=None)
     assert (table.loc["oracle", "calibration_error"] < 0.02).all()
     assert (table.loc["popularity", "recall"] < 0.5).all()
+
+
+def test_states_and_routing_of_the_recording_belong_together(table: pd.DataFrame) -> None:
+    assert (table.loc["own_gate", "recall"] > 0.999).all()
 
 
 def test_gate_reuse_passes_the_acceptance_line_and_fades_with_distance(table: pd.DataFrame) -> None:

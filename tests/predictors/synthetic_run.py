@@ -100,6 +100,8 @@ def show(predictor: Predictor, run: Run) -> Iterator[tuple[LayerView, list[Predi
         fit(predictor, run.model, views, views, FitOptions(epochs=2, batch_rows=8))
     if hasattr(predictor, "use_trace"):
         predictor.use_trace(run.trace)
+    if hasattr(predictor, "use_states"):
+        predictor.use_states(lambda sequence: (view for view in run.views if view.sequence == sequence))
     predictor.bind(run.model)
     sequence = None
     for view in run.views:
