@@ -11,7 +11,7 @@ help:
 	@echo "make bench   exactness, speed with everything resident, transfers, overhead (minutes; wants a quiet machine)"
 	@echo "make bench-kernels    the CPU path of the experts against transformers' own (minutes; wants a quiet machine)"
 	@echo "make compile-kernels  compile every Triton kernel for GPUs that need not be here; writes docs/kernels_compiled.csv"
-	@echo "make results the figures of README and docs/results.md (about 12 minutes; wants a quiet machine)"
+	@echo "make results the figures of README and docs/results.md (about 20 minutes; wants a quiet machine)"
 	@echo "make lint    ruff and mypy"
 	@echo "make venv    set up $(VENV) only; the others do it when needed"
 	@echo "make clean   remove $(VENV), packed experts and outputs"
@@ -43,8 +43,8 @@ compile-kernels: $(STAMP)
 	$(BIN)/python -m kernels.aot --csv docs/kernels_compiled.csv
 
 results: $(STAMP)
-	$(BIN)/python -m experiments.decode experiment=demo repeats=5 hydra.run.dir=outputs/results/slots_25
-	$(BIN)/python -m experiments.decode experiment=demo repeats=5 cache.slots=0.45 hydra.run.dir=outputs/results/slots_45
+	$(BIN)/python -m experiments.decode experiment=demo repeats=9 hydra.run.dir=outputs/results/slots_25
+	$(BIN)/python -m experiments.decode experiment=demo repeats=9 cache.slots=0.45 hydra.run.dir=outputs/results/slots_45
 	$(BIN)/python -m experiments.bench hydra.run.dir=outputs/results/bench
 	$(BIN)/python -m scripts.results_page outputs/results
 
