@@ -14,8 +14,7 @@ from tests.predictors.synthetic_run import CONF, N_LAYERS, check_contract, confi
 NAMES = sorted(path.stem for path in (CONF / "predictor").glob("*.yaml"))
 TRAINED = [path.stem for path in (CONF / "predictor").glob("*.yaml") if "weights" in OmegaConf.load(path)]
 INTO_NEXT_PASS = {"sequence"}  # trained, and yet they look into the next forward pass, as those that count do
-# Not trained, and they see no further than the last layer:
-WITHIN_PASS = {"gate_reuse", "own_gate", "shuffled_gate", "co_occurrence", "token_experts"}
+WITHIN_PASS = {"gate_reuse", "own_gate", "shuffled_gate"}  # not trained, and they see no further than the last layer
 FARTHEST = dict.fromkeys(WITHIN_PASS.union(TRAINED) - INTO_NEXT_PASS, N_LAYERS - 1)
 WITH_LOOKAHEAD = [name for name in NAMES if "lookahead" in OmegaConf.load(CONF / "predictor" / f"{name}.yaml")]
 
