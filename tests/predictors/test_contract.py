@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from predictors.base import Predictor
@@ -14,7 +15,13 @@ from tests.predictors.synthetic_run import CONF, N_LAYERS, check_contract, confi
 NAMES = sorted(path.stem for path in (CONF / "predictor").glob("*.yaml"))
 TRAINED = [path.stem for path in (CONF / "predictor").glob("*.yaml") if "weights" in OmegaConf.load(path)]
 INTO_NEXT_PASS = {"sequence"}  # trained, and yet they look into the next forward pass, as those that count do
-WITHIN_PASS = {"gate_reuse", "own_gate", "shuffled_gate"}  # not trained, and they see no further than the last layer
+WITHIN_PASS = {
+    "co_occurrence",
+    "gate_reuse",
+    "own_gate",
+    "shuffled_gate",
+    "token_id",
+}  # not trained, and they see no further than the last layer
 FARTHEST = dict.fromkeys(WITHIN_PASS.union(TRAINED) - INTO_NEXT_PASS, N_LAYERS - 1)
 WITH_LOOKAHEAD = [name for name in NAMES if "lookahead" in OmegaConf.load(CONF / "predictor" / f"{name}.yaml")]
 
@@ -30,6 +37,15 @@ def test_keeps_the_contract(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_keeps_the_contract_for_a_batch(name: str) -> None:
     check_contract(configured("predictor", name), make_run(batch=3))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_may_be_called_in_inference_mode_and_outside_it(name: str) -> None:
+    calls = show(configured("predictor", name), make_run())
+    next(calls)  # binds, and trains where that is needed
+    for n in range(len(make_run().views) - 1):
+        with torch.inference_mode(n % 3 < 2):
+            next(calls)
 
 
 @pytest.mark.parametrize("name", NAMES)
