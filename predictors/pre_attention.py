@@ -1,8 +1,7 @@
 """Pre-attention: two linear maps on a layer's normalised input before attention name the experts of that same layer.
 
-After arXiv 2511.10676: logits = W2 silu(W1 x + b1) + b2, spoken before the layer attends, so that the first MoE layer is predicted too.
-The time that is won is one attention block, not a whole layer. Trained to rank, with c_e the weight of an expert by its rank in the
-router's logits, y_e whether it was selected and z_e the prediction's logit:
+After arXiv 2511.10676: logits = W2 silu(W1 x + b1) + b2, spoken before the layer attends. Trained to rank, with c_e the weight of an expert by its rank in the router's logits,
+y_e whether it was selected and z_e the prediction's logit:
 
     mean_e c_e BCE(z_e, y_e) + 0.3 mean over pairs (selected i, other j) of max(0, 0.1 - (z_i - z_j))
 
@@ -14,14 +13,15 @@ Cost per layer: width * (H + E + 1) + E parameters, 2 FLOPs each per token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, silu
 
-from predictors.base import AttentionView, LayerView, ModelView, Prediction
-from predictors.learned import LearnedPredictor, OneHeadPerTarget, Truth, read_feature
+from predictors.base import AttentionView, LayerView, ModelView
+from predictors.before_attention import BeforeAttention
+from predictors.learned import OneHeadPerTarget, Truth, read_feature
 from prefetch.errors import ConfigError
 
 RANKS = 10 / 6, 30 / 6  # of the router's order, in units of k, at which the class weights change
@@ -30,15 +30,12 @@ HINGE_SHARE, HINGE_MARGIN = 0.3, 0.1
 
 
 @dataclass
-class PreAttention(LearnedPredictor):
+class PreAttention(BeforeAttention):
     """Each layer's own experts, half a layer before its router."""
 
-    lookahead: int = field(default=0, init=False)  # the layer itself
     width: int = 256  # between the two maps
 
     name = "pre_attention"
-    needs_pre_attention = True
-    before_attention = True
 
     def use(self, model: ModelView) -> None:
         """Take the model's sizes.
@@ -46,36 +43,20 @@ class PreAttention(LearnedPredictor):
         Raises:
             ConfigError: there is no width.
         """
-        self.model = model
+        super().use(model)
         if self.width < 1:
             raise ConfigError(f"predictor.width={self.width}: it must be at least 1")
-
-    def targets(self) -> dict[int, int]:
-        """Every layer, predicted at itself."""
-        return {layer: layer for layer in range(self.model.n_layers)}
 
     def build(self) -> nn.Module:
         """Two maps per layer."""
         model = self.model
-        return OneHeadPerTarget(
-            {layer: TwoMaps(model.hidden_size, self.width, model.n_experts) for layer in range(model.n_layers)}
-        )
+        return OneHeadPerTarget({layer: TwoMaps(model.hidden_size, self.width, model.n_experts) for layer in self.targets()})
 
     def loss(self, logits: Tensor, truth: Truth) -> Tensor:
         """Class-weighted binary cross-entropy plus a hinge over pairs."""
         chosen = truth.chosen
         bce = binary_cross_entropy_with_logits(logits, chosen, class_weights(truth.router_logits, self.model.top_k))
         return bce + HINGE_SHARE * pairwise_hinge(logits, truth.topk_ids)
-
-    def predict(self, seen: LayerView) -> list[Prediction]:
-        """Nothing: when the router has fired it is too late."""
-        return []
-
-    @torch.inference_mode()
-    def predict_before_attention(self, seen: AttentionView) -> list[Prediction]:
-        """Logits [T, E] float32 for layer `seen.layer`."""
-        assert self.network is not None, "bind comes first"
-        return [Prediction(seen.layer, self.network(seen, seen.layer).float())]
 
 
 class TwoMaps(nn.Module):
