@@ -1,6 +1,6 @@
 """Margin gate: gate reuse as a trainable map, what this layer's experts will add, and a perceptron, trained on margins.
 
-logits = G h + D w + V gelu(U h + a) + b, with h this layer's router input and w [E] its gate weights, 0 where not selected.
+logits = G h + D w + V relu(U h + a) + b, with h this layer's router input and w [E] its gate weights, 0 where not selected.
 
 * G starts as the target's router seen through the two norms (`reused_gate`) and D, V, b at zero: training starts at gate reuse.
 * D w is what default vectors (arXiv 2603.19289) do to the target's logits, to first order: an average output per expert, weighted by
@@ -9,7 +9,8 @@ logits = G h + D w + V gelu(U h + a) + b, with h this layer's router input and w
   sigmoid(margin / temperature), the margin being the router's logit minus the middle between its k-th and (k+1)-th best: the
   order around the boundary is taught as well. Temperature 0 would be the usual binary cross-entropy.
 
-Cost per target layer: H E + E^2 + width * (H + E + 1) + E parameters, 2 FLOPs each per token; no call of the target's router.
+Cost per target layer: H E + E^2 + width * (H + E + 1) + E parameters, 2 FLOPs each per token; the target's router is
+not called.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, gelu
+from torch.nn.functional import binary_cross_entropy_with_logits, relu
 
 from predictors.base import LayerView, ModelView
 from predictors.calibration import margins
@@ -56,9 +57,9 @@ class MarginGate(LearnedPredictor):
     def prepare(self, network: nn.Module, views: Sequence[LayerView]) -> None:
         """Start every head as gate reuse; the views only say in which dtype the model computes."""
         for target, source in self.targets().items():
-            gate = network.get_submodule(f"heads.{target}.gate")
-            assert isinstance(gate, nn.Linear)
-            gate.weight.copy_(reused_gate(self.model, source, target, views[source].hidden.dtype))
+            head = network.get_submodule(f"heads.{target}")
+            assert isinstance(head, MarginHead)
+            head.read.weight[: self.model.n_experts] = reused_gate(self.model, source, target, views[source].hidden.dtype)
 
     def loss(self, logits: Tensor, truth: Truth) -> Tensor:
         """Mean binary cross-entropy towards sigmoid(margin / temperature), over tokens and experts."""
@@ -67,21 +68,22 @@ class MarginGate(LearnedPredictor):
 
 
 class MarginHead(nn.Module):
-    """What the target's router will say, from what this layer's router has read and said."""
+    """What the target's router will say, from what this layer's router has read and said.
+
+    Products that share an input, or a sum, are one: at one token it is the number of operations that takes the time.
+    """
 
     def __init__(self, model: ModelView, width: int):
         super().__init__()
         self.n_experts = model.n_experts
-        self.gate = nn.Linear(model.hidden_size, model.n_experts, bias=False)
-        self.experts = nn.Linear(model.n_experts, model.n_experts, bias=False)
-        self.enter = nn.Linear(model.hidden_size, width)
-        self.leave = nn.Linear(width, model.n_experts)
-        for silent in (self.experts.weight, self.leave.weight, self.leave.bias):
+        self.read = nn.Linear(model.hidden_size, model.n_experts + width)  # [G; U] and [b; a]
+        self.add = nn.Linear(model.n_experts + width, model.n_experts, bias=False)  # [D, V]
+        for silent in (self.read.bias[: model.n_experts], self.add.weight):
             nn.init.zeros_(silent)
 
     def forward(self, seen: LayerView) -> Tensor:
         """Logits [T, E]."""
-        hidden = seen.hidden.float()
-        used = hidden.new_zeros(len(hidden), self.n_experts).scatter_(1, seen.topk_ids, seen.topk_weights.float())
-        logits: Tensor = self.gate(hidden) + self.experts(used) + self.leave(gelu(self.enter(hidden)))
-        return logits
+        read = self.read(seen.hidden.float())
+        gate, inner = read[:, : self.n_experts], read[:, self.n_experts :]
+        used = torch.zeros_like(gate).scatter_(1, seen.topk_ids, seen.topk_weights.float())
+        return torch.addmm(gate, torch.cat([used, relu(inner)], dim=1), self.add.weight.T)

@@ -45,9 +45,9 @@ def test_the_head_is_its_formula(run: Run) -> None:
         w = torch.zeros(N_EXPERTS, dtype=torch.float64)
         for expert, weight in zip(view.topk_ids[row].tolist(), view.topk_weights[row].tolist(), strict=True):
             w[expert] = weight
-        inner = head.enter.weight @ h + head.enter.bias
-        active = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
-        expected = head.gate.weight @ h + head.experts.weight @ w + head.leave.weight @ active + head.leave.bias
+        (g, u), (b, a) = head.read.weight.split([N_EXPERTS, 5]), head.read.bias.split([N_EXPERTS, 5])
+        d, v = head.add.weight.split([N_EXPERTS, 5], dim=1)
+        expected = g @ h + d @ w + v @ (u @ h + a).clamp_min(0) + b
         torch.testing.assert_close(found(view)[row].double(), expected, rtol=1e-4, atol=1e-4)
 
 
