@@ -1,7 +1,7 @@
 """Judge any set of predictors on the same recording: quality with intervals, cold quality, calibration, cost; tables and figures.
 
     python -m experiments.accuracy recording=outputs/recording
-    python -m experiments.accuracy "predictors=[mlp,'gate_reuse lookahead=2','mlp weights=outputs/train/x/mlp.safetensors']"
+    python -m experiments.accuracy "predictors=[margin_gate,'gate_reuse lookahead=2','mlp weights=outputs/train/x/mlp.safetensors']"
 
 A predictor is named by its file in conf/predictor, with knobs behind it. Guesses go through the same `predict` as live, on states
 that were recorded, so live recall on the same tokens is the same number. Every figure is defined in docs/method.md.
@@ -99,7 +99,7 @@ def compose_predictor(label: str, model_path: str) -> Predictor:
 
 def _check(cfg: DictConfig) -> None:
     if not cfg.predictors:
-        raise ConfigError("predictors is empty: name files of conf/predictor, e.g. 'predictors=[gate_reuse,mlp]'")
+        raise ConfigError("predictors is empty: name files of conf/predictor, e.g. 'predictors=[gate_reuse,margin_gate]'")
     if len(set(cfg.predictors)) < len(cfg.predictors):
         raise ConfigError("predictors names one twice")
     if cfg.reference not in cfg.predictors:

@@ -25,7 +25,7 @@ from prefetch.trace import RoutingTrace
 REPOSITORY = Path(__file__).parents[2]
 WORKLOAD = ["workload.n_prompts=2", "workload.warmup_batches=0", "workload.new_tokens=8", "workload.max_prompt_tokens=48"]
 ONE_ARM = [*(f"arms.{name}=null" for name in ("on_demand", "oracle", "resident")), "repeats=1", "check_tokens=false"]
-LIVE = ["popularity", "previous_token", "gate_reuse", "corrected_gate", "mlp"]
+LIVE = ["popularity", "previous_token", "gate_reuse", "corrected_gate", "margin_gate"]
 
 
 def run(module: str, *overrides: str) -> None:
