@@ -61,7 +61,7 @@ def as_markdown(tables: Tables, top_k: int, caches: list[str]) -> str:
     percent = "{:.1%}"
     columns = {
         "predictor": ("predictor", ""),
-        "lookahead": ("d", "{}"),
+        "lookahead": ("d", "{:.0f}"),
         "coverage": ("coverage", percent),
         "recall": (f"recall@{top_k}", percent),
         "interval": ("95 %", ""),
@@ -74,7 +74,7 @@ def as_markdown(tables: Tables, top_k: int, caches: list[str]) -> str:
         **{f"cold_recall_{cache}": (f"cold, {cache}", percent) for cache in caches},
         "calibration_error": ("ECE", "{:.3f}"),
     }
-    ends = [f"{100 * low:.1f}–{100 * high:.1f}" for low, high in tables.accuracy[["recall_low", "recall_high"]].to_numpy()]
+    ends = [_range(low, high) for low, high in tables.accuracy[["recall_low", "recall_high"]].to_numpy()]
     table = tables.accuracy.assign(interval=ends).merge(tables.gain[[*GROUP, "recall_gain"]], on=GROUP, how="left")
     parts = []
     for (split, phase), rows in table.groupby(["split", "phase"], sort=False):
@@ -108,6 +108,10 @@ def _accuracy(counts: dict[str, pd.DataFrame], found: dict[str, Findings], n_sam
 def _cold_columns() -> list[tuple[str, str]]:
     """(column, its ending after the cache's name)."""
     return [("cold_recall", ""), ("cold_precision", ""), ("cold_recall_low", "_low"), ("cold_recall_high", "_high")]
+
+
+def _range(low: float, high: float) -> str:
+    return "–" if np.isnan(low) else f"{100 * low:.1f}–{100 * high:.1f}"
 
 
 def _markdown(table: pd.DataFrame, columns: dict[str, tuple[str, str]]) -> str:
