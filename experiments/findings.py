@@ -72,11 +72,11 @@ def examine(label: str, predictor: Predictor, court: Courtroom, calibration_meth
 
 
 def cost(label: str, predictor: Predictor, n_flops: float, call_s: Sequence[float]) -> dict[str, Any]:
-    """Parameters (trained numbers; what a family counts while it runs is none), FLOPs and time of a call with one token."""
+    """Parameters, FLOPs and time of a call with one token."""
     median_s, high_s = (np.quantile(call_s, q) if len(call_s) else np.nan for q in (0.5, 0.95))
     return {
         "predictor": label,
-        "parameters": predictor.n_parameters() if isinstance(predictor, LearnedPredictor) else 0,
+        "parameters": predictor.n_parameters(),
         "flops": n_flops,
         "call_us": 1e6 * float(median_s),
         "call_us_p95": 1e6 * float(high_s),

@@ -65,7 +65,8 @@ class ActivationMatrices(Predictor):
         row.scatter_add_(0, used, torch.ones(len(used)))
         if not self.n_kept:
             return []
-        self.cosines[: self.n_kept, seen.layer] = self.directions[: self.n_kept, seen.layer] @ normalize(row, dim=0)
+        cosines = self.directions[: self.n_kept, seen.layer] @ normalize(row, dim=0)[:, None]  # [n_kept, 1]
+        self.cosines[: self.n_kept, seen.layer] = cosines.squeeze(1)
         best = self._similarity().topk(min(self.matches, self.n_kept))
         targets = coming_layers(seen.layer, self.lookahead, self.model.n_layers)
         scores = torch.einsum("m,mle->le", best.values, self.shares[best.indices][:, targets]).to(seen.topk_ids.device)

@@ -36,6 +36,9 @@ class ModelView:
     pre_moe_norm: Sequence[Callable[[Tensor], Tensor]]  # per layer: residual [T, H] -> router input [T, H]
     fingerprint: str = ""  # identifies the routers' weights, whatever dtype they run in
     pre_gates: PreGateView | None = None  # where the checkpoint ships them
+    shared_experts: Sequence[Callable[[Tensor], Tensor]] | None = (
+        None  # per layer: router input [T, H] -> added for every token
+    )
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,10 @@ class Predictor(ABC):
 
     def start_sequence(self) -> None:
         """A new sequence begins: forget what belonged to the last one."""
+
+    def n_parameters(self) -> int:
+        """Numbers that were made before the run; what a family counts while it runs is none."""
+        return 0
 
     @abstractmethod
     def predict(self, seen: LayerView) -> list[Prediction]:

@@ -22,8 +22,6 @@ from predictors.calibration import Calibration
 from predictors.lookahead import check_lookahead
 from prefetch.errors import ConfigError, PredictorError
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-
 
 @dataclass(frozen=True)
 class Truth:
@@ -124,16 +122,8 @@ class LearnedPredictor(Predictor):
 
     def identity(self) -> dict[str, Any]:
         """What must be the same where weights are trained and where they are used."""
-        model = self.model
-        return {
-            "family": self.name,
-            **{f"predictor.{knob}": value for knob, value in self.knobs().items()},
-            "MoE layers": model.n_layers,
-            "experts": model.n_experts,
-            "top_k": model.top_k,
-            "hidden_size": model.hidden_size,
-            "routers": model.fingerprint,
-        }
+        knobs = {f"predictor.{knob}": value for knob, value in self.knobs().items()}
+        return {"family": self.name, **knobs, **weights_file.model_identity(self.model)}
 
     def save(self, path: Path, trained: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> None:
         """Write network and calibration to `path`, complete or not at all; `trained` says how they came about (plain JSON)."""
@@ -154,7 +144,7 @@ class LearnedPredictor(Predictor):
                 f"predictor={self.name} is trained, and predictor.weights is not set: train it with "
                 f"python -m experiments.train predictor={self.name}, or name its weights"
             )
-        path = _found(Path(self.weights))
+        path = weights_file.located(self.weights)
         tensors = weights_file.read(path, self.identity())
         network = self.build()
         given = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
@@ -190,8 +180,3 @@ def read_feature(seen: LayerView | AttentionView, name: str) -> Tensor:
             f"MoE layer {seen.layer} was recorded without {name!r}, which this predictor needs; record it again"
         )
     return state.float()
-
-
-def _found(path: Path) -> Path:
-    """As given, else relative to the checkout, as configurations name files."""
-    return path if path.is_absolute() or path.exists() else CHECKOUT / path

@@ -14,9 +14,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from predictors.base import ModelView
 from prefetch.errors import PredictorError
 
 FORMAT = "gatecast predictor, version 1"
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def located(name: str) -> Path:
+    """As given, else relative to the checkout, as configurations name files."""
+    path = Path(name)
+    return path if path.is_absolute() or path.exists() else CHECKOUT / path
+
+
+def model_identity(model: ModelView) -> dict[str, Any]:
+    """What must be the same of the model where weights are made and where they are used."""
+    return {
+        "MoE layers": model.n_layers,
+        "experts": model.n_experts,
+        "top_k": model.top_k,
+        "hidden_size": model.hidden_size,
+        "routers": model.fingerprint,
+    }
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], identity: Mapping[str, Any], trained: Mapping[str, Any]) -> None:
@@ -87,7 +106,7 @@ def check_shapes(path: Path, found: Mapping[str, Tensor], expected: Mapping[str,
 
 def _read_all(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not path.is_file():
-        raise PredictorError(f"{path}: no such predictor weights; python -m experiments.train writes them")
+        raise PredictorError(f"{path}: no such predictor weights; the command that writes them is in the predictor's YAML")
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping

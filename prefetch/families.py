@@ -34,6 +34,8 @@ class Family:
     pre_attention_norm: str = "input_layernorm"  # attribute of a decoder layer
     experts: str = "experts"  # attribute of the MoE block
     router: str = "gate"  # attribute of the MoE block; its `weight` is [E, H]
+    shared_expert: str = "shared_expert"  # attribute of the MoE block, where a model has one
+    shared_expert_gate: str = "shared_expert_gate"  # likewise: its sigmoid, [T, 1], weighs the shared expert
     pre_gate: str = "model.layers.{layer}.mlp.pre_gate.weight"  # [E, H], where a checkpoint ships pre-gates
 
 

@@ -100,6 +100,7 @@ def model_view(model: PreTrainedModel, family: Family, geometry: MoEGeometry) ->
         [norm.forward for norm in pre_moe_norms(model, family)],  # not called as modules: that would fire our own hooks
         _fingerprint(routers),
         _pre_gate_view(model.pre_gates, routers) if model.pre_gates is not None else None,
+        _shared_experts(moe_blocks(model, family), family),
     )
 
 
@@ -124,6 +125,21 @@ def _use_pre_gates(model: PreTrainedModel, folder: Path) -> None:
     if model.pre_gates is not None and model.pre_gates.route:
         family = family_of(model.config)
         route_by([getattr(block, family.router) for block in moe_blocks(model, family)], model.pre_gates)
+
+
+def _shared_experts(blocks: list[nn.Module], family: Family) -> list[Callable[[Tensor], Tensor]] | None:
+    """What each block adds for every token, None where the architecture has no shared expert."""
+    if not all(hasattr(block, family.shared_expert) for block in blocks):
+        return None
+    return [
+        partial(_shared_output, getattr(block, family.shared_expert), getattr(block, family.shared_expert_gate))
+        for block in blocks
+    ]
+
+
+def _shared_output(expert: nn.Module, gate: nn.Module, hidden: Tensor) -> Tensor:
+    output: Tensor = torch.sigmoid(gate(hidden)) * expert(hidden)
+    return output
 
 
 def _pre_gate_view(pre_gates: PreGates, routers: list[Any]) -> PreGateView:

@@ -18,6 +18,7 @@ from predictors.base import LayerView, ModelView, Prediction, Predictor, PreGate
 from predictors.fitting import FitOptions, fit
 from predictors.learned import LearnedPredictor
 from predictors.lookahead import layers_ahead
+from predictors.quasi_hidden import QuasiHidden
 from prefetch.trace import RoutingTrace
 
 STATES = ("hidden", "residual", "topk_ids", "topk_weights", "token_ids", "pre_attention")
@@ -48,6 +49,7 @@ def make_run(n_sequences: int = 2, batch: int = 1, seed: int = 0) -> Run:
         pre_gates=PreGateView(
             1, False, {n: partial(torch.nn.functional.linear, weight=routers[n]) for n in range(1, N_LAYERS)}
         ),
+        shared_experts=[lambda hidden, layer=layer: 0.1 * (layer + 1) * hidden.flip(1) for layer in range(N_LAYERS)],
     )
     views = []
     for sequence in range(n_sequences):
@@ -98,6 +100,8 @@ def show(predictor: Predictor, run: Run) -> Iterator[tuple[LayerView, list[Predi
     if isinstance(predictor, LearnedPredictor) and predictor.network is None:
         views = views_per_layer(run)
         fit(predictor, run.model, views, views, FitOptions(epochs=2, batch_rows=8))
+    if isinstance(predictor, QuasiHidden):
+        predictor.vectors = torch.randn(N_LAYERS, N_EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0))
     if hasattr(predictor, "use_trace"):
         predictor.use_trace(run.trace)
     if hasattr(predictor, "use_states"):

@@ -15,13 +15,8 @@ from tests.predictors.synthetic_run import CONF, N_LAYERS, check_contract, confi
 NAMES = sorted(path.stem for path in (CONF / "predictor").glob("*.yaml"))
 TRAINED = [path.stem for path in (CONF / "predictor").glob("*.yaml") if "weights" in OmegaConf.load(path)]
 INTO_NEXT_PASS = {"sequence"}  # trained, and yet they look into the next forward pass, as those that count do
-WITHIN_PASS = {
-    "co_occurrence",
-    "gate_reuse",
-    "own_gate",
-    "shuffled_gate",
-    "token_id",
-}  # not trained, and they see no further than the last layer
+GATES = {"fate", "gate_reuse", "own_gate", "shared_expert_gate", "shuffled_gate"}
+WITHIN_PASS = {"co_occurrence", "token_id", *GATES}  # not trained, and they see no further than the last layer
 FARTHEST = dict.fromkeys(WITHIN_PASS.union(TRAINED) - INTO_NEXT_PASS, N_LAYERS - 1)
 WITH_LOOKAHEAD = [name for name in NAMES if "lookahead" in OmegaConf.load(CONF / "predictor" / f"{name}.yaml")]
 

@@ -1,0 +1,57 @@
+"""Fate: the target's router on this layer's own router input, and only candidates that it is confident of.
+
+Fate (arXiv 2502.12224) and most systems with gate reuse apply router_{N+d} to the input of router N as it is, normalised by layer N;
+`gate_reuse` differs by taking the target's norm. Fate then adds to the k best those whose confidence lies above a percentile:
+
+    p = softmax(router_{N+d}(hidden_N))        score(e) = p(e) if e is among the k best, or p(e) > percentile_q(p), else never
+
+Over which numbers the paper takes its 75th percentile was not seen in text; here it is each token's E confidences, so that E / 4
+candidates remain. Cost: no parameters; 2 * H * E FLOPs and one sort of E numbers a token; no norm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from predictors.base import LayerView, ModelView, Prediction, Predictor
+from predictors.lookahead import check_lookahead
+from prefetch.errors import ConfigError
+
+
+@dataclass
+class Fate(Predictor):
+    """Scores are probabilities of the target's router on today's router input, -inf below the threshold."""
+
+    lookahead: int = 1  # layers between the observation and its one target
+    percentile: float | None = (
+        75.0  # of a token's confidences, below which an expert beyond the k best is left out; null = none is
+    )
+
+    name = "fate"
+
+    def __post_init__(self) -> None:
+        if self.percentile is not None and not 0 <= self.percentile <= 100:
+            raise ConfigError(f"predictor.percentile={self.percentile}: it must be from 0 to 100, or null for all experts")
+
+    def bind(self, model: ModelView) -> None:
+        """Check the distance against the model's depth."""
+        super().bind(model)
+        check_lookahead(self.lookahead, model.n_layers - 1)
+
+    def predict(self, seen: LayerView) -> list[Prediction]:
+        """Probabilities [T, E] float32 for layer `seen.layer + lookahead`; nothing past the last layer."""
+        target = seen.layer + self.lookahead
+        if target >= self.model.n_layers:
+            return []
+        confidence = self.model.router_logits[target](seen.hidden).float().softmax(dim=1)
+        return [Prediction(target, confidence if self.percentile is None else self._confident(confidence, self.percentile))]
+
+    def _confident(self, confidence: Tensor, percentile: float) -> Tensor:
+        """`confidence` [T, E] with -inf for those that are neither among the k best nor above the percentile."""
+        threshold = confidence.quantile(percentile / 100, dim=1, keepdim=True)
+        best = confidence.topk(self.model.top_k, dim=1).indices
+        candidate = (confidence > threshold).scatter(1, best, True)
+        return confidence.where(candidate, -torch.inf)
