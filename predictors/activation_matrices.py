@@ -49,17 +49,20 @@ class ActivationMatrices(Predictor):
         self.directions = torch.zeros(self.capacity, model.n_layers, model.n_experts)  # rows of past matrices, of length 1
         self.shares = torch.zeros(self.capacity, model.n_layers, model.n_experts)  # the same rows, adding up to 1
         self.present = torch.zeros(model.n_layers, model.n_experts)  # A
+        self.layers_seen: set[int] = set()
         self.cosines = torch.zeros(self.capacity, model.n_layers)  # with the present matrix; 0 at layers it has not seen
 
     def start_sequence(self) -> None:
         """The last sequence's matrix joins the collection."""
-        if self.present.any():
+        if self.layers_seen:
             self._keep()
+        self.layers_seen.clear()
         self.present.zero_()
         self.cosines.zero_()
 
     def predict(self, seen: LayerView) -> list[Prediction]:
         """Count this layer's routing, match, and rank the experts of coming layers: [1, E] each."""
+        self.layers_seen.add(seen.layer)
         row = self.present[seen.layer]
         used = seen.topk_ids.reshape(-1).cpu()
         row.scatter_add_(0, used, torch.ones(len(used)))
@@ -69,13 +72,12 @@ class ActivationMatrices(Predictor):
         self.cosines[: self.n_kept, seen.layer] = cosines.squeeze(1)
         best = self._similarity().topk(min(self.matches, self.n_kept))
         targets = coming_layers(seen.layer, self.lookahead, self.model.n_layers)
-        scores = torch.einsum("m,mle->le", best.values, self.shares[best.indices][:, targets]).to(seen.topk_ids.device)
-        return [Prediction(target, scores[None, n]) for n, target in enumerate(targets)]
+        votes = best.values.unsqueeze(0)
+        return [Prediction(t, (votes @ self.shares[best.indices, t]).to(seen.topk_ids.device)) for t in targets]
 
     def _similarity(self) -> Tensor:
         """Of each matrix kept, [n_kept]; every layer that the present matrix has seen counts alike."""
-        n_seen = self.present.any(dim=1).sum()
-        return self.cosines[: self.n_kept].sum(dim=1) / n_seen
+        return self.cosines[: self.n_kept].sum(dim=1) / len(self.layers_seen)
 
     def _keep(self) -> None:
         if self.n_kept < self.capacity:

@@ -4,10 +4,11 @@ With n(e, e') the tokens so far that used e at layer N and e' at layer N + d, La
 uses at layer N taken as independent hints (naive Bayes; ST-MoE, arXiv 2606.15453, keeps such a table in 2-bit counters):
 
     P(e' | e) = k (n(e, e') + a) / sum_j (n(e, j) + a)        P(e') = k sum_e (n(e, e') + a) / sum_e,j (n(e, j) + a)
-    score(e') = log P(e') + sum over e in S of log (P(e' | e) / P(e'))
+    score(e') = log P(e') + sum over e in S of log (P(e' | e) / P(e')), less what is the same for all e':
+              = sum over e in S of log (n(e, e') + a) - (k - 1) log sum_e (n(e, e') + a)
 
 It learns online, from nothing but the routing it has seen, and keeps its counts across sequences. Cost: (L - d) * E * E counters;
-E * E additions a call, k * E logarithms a token to predict and k * k additions to learn.
+2 * E * E additions a call, (k + 1) * E logarithms a token to predict and k * k additions to learn.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from prefetch.errors import ConfigError
 
 @dataclass
 class CoOccurrence(Predictor):
-    """Scores are log-probabilities, up to a constant; a layer that has not been seen yet gets no prediction."""
+    """Scores are log-probabilities, up to a constant per token; a layer that has not been seen yet gets no prediction."""
 
     lookahead: int = 1  # layers between the observation and its one target
     prior: float = 0.5  # tokens that every pair of experts is taken to have been seen in already
@@ -58,22 +59,19 @@ class CoOccurrence(Predictor):
         return [Prediction(target, self._scores(target, topk_ids).to(seen.topk_ids.device))]
 
     def _scores(self, target: int, before: Tensor) -> Tensor:
-        """[T, E] from what the tokens used at the observing layer, [T, k]. The factors k in P and P(.|e) cancel."""
+        """[T, E] from what the tokens used at the observing layer, [T, k]."""
         counts = self.counts[target] + self.prior
-        marginal = counts.sum(dim=0)
-        followed = counts[before]  # [T, k, E]
-        log_conditional = (followed / followed.sum(dim=2, keepdim=True)).log()
-        log_marginal = (marginal / marginal.sum()).log()
-        return log_conditional.sum(dim=1) - (before.shape[1] - 1) * log_marginal
+        joint = counts[before].log().sum(dim=1)
+        return joint.sub_(counts.sum(dim=0).log(), alpha=self.model.top_k - 1)
 
     def _learn(self, target: int, before: Tensor, now: Tensor) -> None:
         """Count the pairs of `before` [T, k] and `now` [T, k] of the same tokens, the last of which is worth 1."""
         n_tokens, top_k = now.shape
         counts = self.counts[target]
         self.has_counts[target] = True
-        pairs = before.unsqueeze(2) * self.model.n_experts + now.unsqueeze(1)  # [T, k, k]
-        worth = torch.ones(n_tokens)
+        pairs = (before.unsqueeze(2) * self.model.n_experts + now.unsqueeze(1)).view(-1)  # [T * k * k]
+        worth = torch.ones(len(pairs))
         if self.decay < 1.0:
             counts *= self.decay**n_tokens
-            worth = self.decay ** torch.arange(n_tokens - 1, -1, -1)
-        counts.view(-1).scatter_add_(0, pairs.view(-1), worth.repeat_interleave(top_k * top_k))
+            worth = (self.decay ** torch.arange(n_tokens - 1, -1, -1)).repeat_interleave(top_k * top_k)
+        counts.view(-1).scatter_add_(0, pairs, worth)

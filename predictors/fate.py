@@ -5,16 +5,16 @@ Fate (arXiv 2502.12224) and most systems with gate reuse apply router_{N+d} to t
 
     p = softmax(router_{N+d}(hidden_N))        score(e) = p(e) if e is among the k best, or p(e) > percentile_q(p), else never
 
-Over which numbers the paper takes its 75th percentile was not seen in text; here it is each token's E confidences, so that E / 4
-candidates remain. Cost: no parameters; 2 * H * E FLOPs and one sort of E numbers a token; no norm.
+Over which numbers the paper takes its 75th percentile was not seen in text; here it is each token's E confidences, so that always
+the E / 4 best are candidates. Cost: no parameters; 2 * H * E FLOPs and one partial sort of E numbers a token; no norm.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from predictors.base import LayerView, ModelView, Prediction, Predictor
 from predictors.lookahead import check_lookahead
@@ -40,6 +40,9 @@ class Fate(Predictor):
         """Check the distance against the model's depth."""
         super().bind(model)
         check_lookahead(self.lookahead, model.n_layers - 1)
+        if self.percentile is not None:
+            n_below = math.floor(self.percentile / 100 * (model.n_experts - 1)) + 1  # at or below the percentile
+            self.n_candidates = max(model.top_k, model.n_experts - n_below)
 
     def predict(self, seen: LayerView) -> list[Prediction]:
         """Probabilities [T, E] float32 for layer `seen.layer + lookahead`; nothing past the last layer."""
@@ -47,11 +50,7 @@ class Fate(Predictor):
         if target >= self.model.n_layers:
             return []
         confidence = self.model.router_logits[target](seen.hidden).float().softmax(dim=1)
-        return [Prediction(target, confidence if self.percentile is None else self._confident(confidence, self.percentile))]
-
-    def _confident(self, confidence: Tensor, percentile: float) -> Tensor:
-        """`confidence` [T, E] with -inf for those that are neither among the k best nor above the percentile."""
-        threshold = confidence.quantile(percentile / 100, dim=1, keepdim=True)
-        best = confidence.topk(self.model.top_k, dim=1).indices
-        candidate = (confidence > threshold).scatter(1, best, True)
-        return confidence.where(candidate, -torch.inf)
+        if self.percentile is not None:
+            best = confidence.topk(self.n_candidates, dim=1)
+            confidence = torch.full_like(confidence, -torch.inf).scatter_(1, best.indices, best.values)
+        return [Prediction(target, confidence)]

@@ -54,7 +54,7 @@ class QuasiHidden(GateReuse):
         assert seen.residual is not None, "needs_residual is set: the runtime must capture the residual"
         assert self.vectors is not None, "bind comes first"
         vectors = self.vectors[seen.layer][seen.topk_ids]  # [T, k, H]
-        added = torch.einsum("tk,tkh->th", seen.topk_weights.to(vectors.dtype), vectors)
+        added = (seen.topk_weights.to(vectors.dtype).unsqueeze(1) @ vectors).squeeze(1)
         return seen.residual + added.to(seen.residual.dtype)
 
     def n_parameters(self) -> int:

@@ -44,7 +44,7 @@ class TokenId(Predictor):
         self.used = torch.zeros(0, model.n_layers, model.n_experts)  # [row, L, E]; grows by doubling
         self.occurred = torch.zeros(0, model.n_layers)  # [row, L]
         self.used_by_all = torch.zeros(model.n_layers, model.n_experts)
-        self.occurred_of_all = torch.zeros(model.n_layers)
+        self.occurred_of_all = [0] * model.n_layers
 
     def predict(self, seen: LayerView) -> list[Prediction]:
         """Count this layer's routing, then score coming layers for the same tokens: [T, E] each."""
@@ -60,12 +60,13 @@ class TokenId(Predictor):
         return (own + self.prior * popularity) / (occurred + self.prior)
 
     def _count(self, layer: int, topk_ids: Tensor) -> None:
-        n_tokens, top_k = topk_ids.shape
-        one = torch.ones(n_tokens * top_k)
-        cells = self.rows.repeat_interleave(top_k), torch.full((len(one),), layer), topk_ids.reshape(-1)
-        self.used.index_put_(cells, one, accumulate=True)
-        self.occurred[:, layer].index_add_(0, self.rows, one[:n_tokens])
-        self.used_by_all[layer].index_add_(0, cells[2], one)
+        n_layers, n_experts = self.used_by_all.shape
+        n_tokens, experts = len(topk_ids), topk_ids.reshape(-1)
+        places = self.rows * n_layers + layer  # in [row, L]
+        one = torch.ones(len(experts))
+        self.occurred.view(-1).scatter_add_(0, places, one[:n_tokens])
+        self.used.view(-1).scatter_add_(0, (places.unsqueeze(1) * n_experts + topk_ids).reshape(-1), one)
+        self.used_by_all[layer].scatter_add_(0, experts, one)
         self.occurred_of_all[layer] += n_tokens
 
     @torch.inference_mode(False)  # what is kept is written to later, perhaps outside this mode, which would be refused
