@@ -23,7 +23,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits, kl_div, softpl
 
 from predictors.base import AttentionView, LayerView, ModelView
 from predictors.before_attention import BeforeAttention
-from predictors.calibration import margins
 from predictors.learned import OneHeadPerTarget, Truth, read_feature
 from prefetch.errors import ConfigError
 
@@ -67,7 +66,8 @@ class Apex(BeforeAttention):
         wanted = truth.router_logits.log_softmax(-1)
         distilled = kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
         enough = extra_needed(logits, truth.topk_ids)[:, None] <= torch.arange(self.max_extra + 1, device=logits.device)
-        return distilled + binary_cross_entropy_with_logits(head.enough(logits.detach()), enough.float())
+        ordered = logits.detach().sort(dim=1, descending=True).values
+        return distilled + binary_cross_entropy_with_logits(head.enough(ordered), enough.float())
 
 
 class DistilledRouter(nn.Module):
@@ -86,25 +86,23 @@ class DistilledRouter(nn.Module):
         logits: Tensor = self.map(read_feature(seen, "pre_attention"))
         return logits if self.training else self.named_only(logits)
 
-    def enough(self, logits: Tensor) -> Tensor:
-        """Logits [T, max_extra + 1] of P(D <= d)."""
+    def enough(self, ordered: Tensor) -> Tensor:
+        """Logits [T, max_extra + 1] of P(D <= d) from a prediction's logits in falling order [T, E]."""
         thresholds = torch.cat([self.first, self.first + softplus(self.steps).cumsum(0)])
-        ordered = margins(logits, self.top_k).sort(dim=1, descending=True).values
-        found: Tensor = thresholds - self.doubt(ordered)
+        boundary = ordered[:, self.top_k - 1 : self.top_k + 1].mean(dim=1, keepdim=True)
+        found: Tensor = thresholds - self.doubt(ordered - boundary)
         return found
 
     def named_only(self, logits: Tensor) -> Tensor:
         """`logits` [T, E] with -inf from rank k + d on."""
-        unsure = torch.sigmoid(self.enough(logits)) < self.confidence
+        ordered, order = logits.sort(dim=1, descending=True, stable=True)
+        unsure = torch.sigmoid(self.enough(ordered)) < self.confidence
         n_named = self.top_k + unsure[:, :-1].sum(dim=1, keepdim=True)  # P rises in d, and the last d is taken in any case
-        return logits.masked_fill(ranks(logits) >= n_named, -torch.inf)
+        named = torch.arange(logits.shape[1], device=logits.device) < n_named  # [T, E], by rank
+        return torch.empty_like(logits).scatter_(1, order, ordered.masked_fill(~named, -torch.inf))
 
 
 def extra_needed(logits: Tensor, topk_ids: Tensor) -> Tensor:
     """D [T]: how many experts beyond the k best of `logits` [T, E] it takes to cover `topk_ids` [T, k]."""
-    return ranks(logits).gather(1, topk_ids).amax(dim=1) - (topk_ids.shape[1] - 1)
-
-
-def ranks(logits: Tensor) -> Tensor:
-    """Rank [T, E] of each expert in its row, 0 is the best; of equals the lower id comes first."""
-    return logits.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
+    ranks = logits.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
+    return ranks.gather(1, topk_ids).amax(dim=1) - (topk_ids.shape[1] - 1)
