@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from experiments.backend import backend, build_source
 from experiments.config import compose_policy
 from experiments.generation import Generation, generate_all
 from experiments.workload import Batch
@@ -22,19 +23,17 @@ from predictors.none import NoPredictor
 from prefetch.cache.base import CachePolicy
 from prefetch.cache.none import NoCache
 from prefetch.cache.resident import Resident
-from prefetch.errors import CapacityError, ConfigError
+from prefetch.errors import CapacityError
 from prefetch.fast_tier import FastTier
 from prefetch.geometry import ExpertKey, MoEGeometry
 from prefetch.model import attach
 from prefetch.planner.none import NoPrefetch
 from prefetch.recorder import RunRecord
 from prefetch.runtime import OffloadRuntime
-from prefetch.slots import SlotPool, parse_slots
+from prefetch.slots import parse_slots
 from prefetch.store import ExpertStore
 from prefetch.trace import RoutingTrace
-from prefetch.transfers.link import EmulatedLink
-from prefetch.transfers.sources import DiskSource, HostSource, Source
-from prefetch.transfers.threads import ThreadTransfers
+from prefetch.transfers.sources import Source
 
 
 @dataclass(frozen=True)
@@ -90,35 +89,26 @@ def build_policy(cfg: DictConfig, budget: SlotBudget, geometry: MoEGeometry) -> 
     return compose_policy(cfg.cache, budget.capacity, geometry.n_layers)
 
 
-def build_source(cfg: DictConfig, store: ExpertStore) -> Source:
-    """The backing tier."""
-    kinds = {"disk": DiskSource, "host": HostSource}
-    if cfg.tier.kind not in kinds:
-        raise ConfigError(f"tier.kind={cfg.tier.kind} is unknown; choose one of {', '.join(kinds)}")
-    return kinds[cfg.tier.kind](store.path, store.offset, store.row_bytes)
-
-
 @contextmanager
-def runtime(cfg: DictConfig, store: ExpertStore, trace: RoutingTrace | None) -> Iterator[OffloadRuntime]:
-    """The arm's runtime, closed at the end of the block. `trace` is what an oracle reads."""
+def runtime(
+    cfg: DictConfig, store: ExpertStore, trace: RoutingTrace | None, source: Source | None = None
+) -> Iterator[OffloadRuntime]:
+    """The arm's runtime, closed at the end of the block.
+
+    Args:
+        trace: what an oracle reads.
+        source: the arm's backing tier where it is open already; by default it is opened, and closed in the end.
+    """
     geometry = store.geometry
     budget = slot_budget(cfg, geometry)
-    pool = SlotPool(geometry, budget.n_slots)
-    link = EmulatedLink(cfg.tier.link.bytes_per_s, cfg.tier.link.latency_s) if cfg.tier.link else None
-    source = build_source(cfg, store)
-    transfers = ThreadTransfers(
-        source,
-        pool.buffer,
-        n_threads=cfg.tier.n_threads,
-        chunk_bytes=cfg.tier.chunk_bytes,
-        link=link,
-        check=store.check_row if cfg.tier.verify else None,
-    )
-    try:
+    with ExitStack() as stack:
+        if source is None:
+            source = stack.enter_context(closing(build_source(cfg, store)))
+        parts = stack.enter_context(backend(cfg, store, budget.n_slots, source))
         tier = FastTier(
-            pool,
+            parts.pool,
             build_policy(cfg, budget, geometry),
-            transfers,
+            parts.transfers,
             staging=budget.staging,
             transient=budget.transient,
             policy_admits=cfg.cache.prefetch_admission == "policy",
@@ -126,10 +116,9 @@ def runtime(cfg: DictConfig, store: ExpertStore, trace: RoutingTrace | None) -> 
         predictor = instantiate(cfg.predictor)
         if trace is not None and hasattr(predictor, "use_trace"):
             predictor.use_trace(trace)
-        planner = instantiate(cfg.planner) if not _is(cfg.predictor, NoPredictor) or _computes_on_cpu(cfg) else NoPrefetch()
-        yield OffloadRuntime(geometry, tier, predictor, planner, partial(_read_expert, store, source))
-    finally:
-        transfers.close()
+        plans = not _is(cfg.predictor, NoPredictor) or leaves_in_place(cfg)
+        planner = instantiate(cfg.planner) if plans else NoPrefetch()
+        yield OffloadRuntime(geometry, tier, predictor, planner, partial(_read_expert, store, source), parts.compute)
 
 
 def _read_expert(store: ExpertStore, source: Source, key: ExpertKey) -> tuple[Tensor, Tensor]:
@@ -144,10 +133,11 @@ def run_arm(
     batches: list[Batch],
     trace: RoutingTrace | None,
     metadata: dict[str, str],
+    source: Source | None = None,
 ) -> ArmRun:
-    """Decode the whole workload once with this arm, from a cold cache."""
+    """Decode the whole workload once with this arm, from a cold cache; `source` as for `runtime`."""
     gc.collect()  # so that no arm pays for the garbage of another
-    with runtime(cfg, store, trace) as served:
+    with runtime(cfg, store, trace, source) as served:
         with attach(model, served):
             generations = list(generate_all(model, batches, cfg.workload, cfg.seed))
         served.finish()
@@ -166,5 +156,6 @@ def _is(cfg: DictConfig, kind: type) -> bool:
     return cfg._target_ == f"{kind.__module__}.{kind.__name__}"
 
 
-def _computes_on_cpu(cfg: DictConfig) -> bool:
+def leaves_in_place(cfg: DictConfig) -> bool:
+    """The planner may leave misses in the backing tier, to be computed there."""
     return "cpu_fallback" in cfg.planner._target_

@@ -28,8 +28,9 @@ from rich.console import Console
 from transformers import DynamicCache, PreTrainedModel
 
 from experiments import launch
-from experiments.arm import build_source, run_arm, runtime
+from experiments.arm import run_arm, runtime
 from experiments.atomic import write_json
+from experiments.backend import build_source
 from experiments.config import repository_path
 from experiments.decode import compose_arms
 from experiments.generation import divergences, generate
@@ -163,6 +164,7 @@ def transfer_rate(arm: DictConfig, store: ExpertStore) -> dict[str, Any]:
             queued.append(len(keys) * store.row_bytes / (time.perf_counter() - started))
     finally:
         transfers.close()
+        source.close()
     shares = [q / b for q, b in zip(queued, bare, strict=True)]
     return {
         "bare_bytes_per_s": bare,

@@ -30,7 +30,8 @@ CHOICES = {
     "tier.kind": ("disk", "host"),
     "cache.scope": ("global", "per_layer"),
     "cache.prefetch_admission": ("staging", "policy"),
-    "backend.kind": ("torch",),
+    "backend.kind": ("torch", "cuda"),
+    "backend.in_place": ("cpu", "gpu"),
     "tracking.mode": ("offline", "online", "disabled"),
 }
 
@@ -67,6 +68,8 @@ class WorkloadConfig:
 class BackendConfig:
     kind: str = "torch"
     n_threads: int = 1
+    memory: str | None = None  # of the GPU, e.g. "12GB"
+    in_place: str = "cpu"
 
 
 @dataclass
@@ -155,6 +158,7 @@ def validate(cfg: DictConfig) -> None:
         raise ConfigError(f"tier.link={cfg.tier.link}: it must be null, or have bytes_per_s and latency_s and nothing else")
     if cfg.tier.link is not None and (cfg.tier.link.bytes_per_s <= 0 or cfg.tier.link.latency_s < 0):
         raise ConfigError(f"tier.link={cfg.tier.link}: bytes_per_s must be above 0 and latency_s at least 0")
+    _check_backend(cfg)
     n_batches = cfg.workload.n_prompts // cfg.workload.batch_size
     if cfg.workload.warmup_batches >= n_batches:
         raise ConfigError(
@@ -168,6 +172,14 @@ def validate(cfg: DictConfig) -> None:
         raise ConfigError(
             f"cache.prefetch_admission=policy, but {cfg.cache._target_} does not admit prefetches: use an slru cache, or staging"
         )
+
+
+def _check_backend(cfg: DictConfig) -> None:
+    backend = cfg.backend
+    if backend.kind == "cuda" and cfg.tier.kind != "host":
+        raise ConfigError(f"backend=cuda copies experts out of pinned RAM, and tier.kind={cfg.tier.kind}: choose tier=pinned")
+    if backend.kind == "torch" and (backend.memory is not None or backend.in_place != "cpu"):
+        raise ConfigError("backend.memory and backend.in_place=gpu are about a GPU: choose backend=cuda, or leave them out")
 
 
 def check_predictor(predictor: DictConfig) -> None:

@@ -52,7 +52,8 @@ def generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int, *, tempera
     token_ids, tokens = prompt, []
     generation = Generation(torch.empty(0), [])
     for _ in range(new_tokens):
-        logits = model(input_ids=token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        input_ids = token_ids.to(model.device)
+        logits = model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].cpu()
         scores = logits.float()
         if temperature > 0:
             scores = scores / temperature - torch.empty_like(scores).exponential_(generator=noise).log()

@@ -30,7 +30,7 @@ FOOTNOTE = (
 METRICS = (
     "tokens_per_s", "tpot_mean_s", "tpot_median_s", "tpot_p95_s", "ttft_s",
     "stall_share", "expert_share", "predictor_share", "overhead_share", "dense_share",
-    "hit_rate", "prefetch_hit_rate", "late_rate", "miss_rate", "cpu_rate",
+    "hit_rate", "prefetch_hit_rate", "late_rate", "miss_rate", "in_place_rate",
     "demand_bytes_per_token", "useful_bytes_per_token", "wasted_bytes_per_token", "cancelled_bytes_per_token",
     "link_utilisation",
 )  # fmt: skip

@@ -107,7 +107,7 @@ def _forward_events(forwards: pd.DataFrame, origin_s: float) -> Iterator[Event]:
 
 
 def _call_events(calls: pd.DataFrame, origin_s: float) -> Iterator[Event]:
-    counts = ("needed", "hits", "late", "misses", "cpu_computed")
+    counts = ("needed", "hits", "late", "misses", "in_place")
     for row in _rows(calls):
         start, end = _ns(row.start_s, origin_s), _ns(row.start_s + row.total_s, origin_s)
         args = {count: int(getattr(row, count)) for count in counts}

@@ -51,9 +51,11 @@ def expert_mlps(xs: Sequence[Tensor], weights: Sequence[tuple[Tensor, Tensor]]) 
     Returns:
         For each expert its outputs, [n, H].
     """
-    row_bytes = weights[0][1].shape[1] * xs[0].element_size() if xs else 0
+    if len(xs) < 2:
+        return [expert_mlp(x, *weight) for x, weight in zip(xs, weights, strict=True)]
+    row_bytes = weights[0][1].shape[1] * xs[0].element_size()
     apart = row_bytes % ALIGNMENT_BYTES or any(_is_widened(x, gate_up) for x, (gate_up, _) in zip(xs, weights, strict=True))
-    if len(xs) < 2 or apart:
+    if apart:
         return [expert_mlp(x, *weight) for x, weight in zip(xs, weights, strict=True)]
     inner = torch.cat([F.linear(x, gate_up) for x, (gate_up, _) in zip(xs, weights, strict=True)])
     parts = _activated(inner).split([len(x) for x in xs])

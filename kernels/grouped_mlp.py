@@ -81,11 +81,21 @@ def grouped_mlp(call: MoECall, out: Tensor | None = None, missed: Tensor | None 
 def grouped_launches(call: MoECall, out: Tensor, missed: Tensor) -> tuple[Launch, Launch, Launch, Launch]:
     """All launches, checked and not yet run."""
     call.check_outputs(out, missed)
+    rows = empty_rows(call)
+    return *rows_launches(call, rows, missed), combine_launch(call, rows, out, missed)
+
+
+def empty_rows(call: MoECall) -> Tensor:
+    """Unwritten memory for what `combine_launch` sums: [T * k, H], a row for each pair."""
+    return call.x.new_empty(call.n_pairs, call.table.geometry.hidden)
+
+
+def rows_launches(call: MoECall, rows: Tensor, missed: Tensor) -> tuple[Launch, Launch, Launch]:
+    """Write the rows of `rows` [T * k, H] whose pairs have a known id, zeros where its expert is absent; leave the others alone."""
     size, table = call.table.geometry, call.table
     tiles = grouped_tiles(call.n_pairs, table.n_experts, size.dtype)
     groups = PairGroups.empty(call.ids, table.n_experts, tiles.rows)
     y = call.x.new_empty(call.n_pairs, size.intermediate)
-    rows = call.x.new_empty(call.n_pairs, size.hidden)
     common = {
         **table.arguments(call.layer),
         "order_ptr": groups.order,
@@ -129,10 +139,11 @@ def grouped_launches(call: MoECall, out: Tensor, missed: Tensor) -> tuple[Launch
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    return group_launch(call.ids, table.n_experts, groups), gate_up, down, _combine_launch(call, rows, out, missed)
+    return group_launch(call.ids, table.n_experts, groups), gate_up, down
 
 
-def _combine_launch(call: MoECall, rows: Tensor, out: Tensor, missed: Tensor) -> Launch:
+def combine_launch(call: MoECall, rows: Tensor, out: Tensor, missed: Tensor) -> Launch:
+    """The weighted sum of `rows` [T * k, H] over each token's pairs, into `out` [T, H]."""
     return Launch(
         _combine_kernel,
         (call.n_tokens, triton.cdiv(call.table.geometry.hidden, COMBINE_COLUMNS)),

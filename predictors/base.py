@@ -39,6 +39,7 @@ class ModelView:
     shared_experts: Sequence[Callable[[Tensor], Tensor]] | None = (
         None  # per layer: router input [T, H] -> added for every token
     )
+    device: torch.device = torch.device("cpu")  # where all of these compute
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Predictor(ABC):
     needs_residual = False  # True: the runtime captures `LayerView.residual`
     needs_pre_attention = False  # True: the runtime captures `LayerView.pre_attention`
     before_attention = False  # True: `predict_before_attention` is called too; needs `needs_pre_attention`
+    on_device = False  # True: it computes where the model does, and is handed that device's tensors; else the host's
     sees_every_call = False  # True: called even while every expert is on board and nothing can be prefetched
     name: str = ""
 

@@ -23,6 +23,7 @@ class GateReuse(Predictor):
 
     name = "gate_reuse"
     needs_residual = True
+    on_device = True
 
     def bind(self, model: ModelView) -> None:
         """Check the distance against the model's depth."""

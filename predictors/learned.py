@@ -46,6 +46,7 @@ class LearnedPredictor(Predictor):
     network needs statistics of the data before training, also `prepare`.
     """
 
+    on_device = True
     lookahead: int = 1  # layers between the observation and its one target
     weights: str | None = None  # safetensors file that experiments.train wrote; null = to be trained
     while_running: ClassVar[frozenset[str]] = frozenset({"weights"})  # knobs that the weights do not depend on
@@ -83,6 +84,8 @@ class LearnedPredictor(Predictor):
         self.use(model)
         if self.network is None:
             self._load()
+        assert self.network is not None
+        self.network.to(model.device)
 
     def use(self, model: ModelView) -> None:
         """Take the model's sizes, without weights: all that training needs.

@@ -31,6 +31,7 @@ class OwnGate(GateReuse):
     views_of: Views | None = field(default=None, init=False, repr=False)
 
     name = "own_gate"
+    on_device = False  # recordings are on the host
 
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDINGS:

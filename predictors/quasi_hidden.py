@@ -48,6 +48,7 @@ class QuasiHidden(GateReuse):
         super().bind(model)
         if self.vectors is None:
             self.vectors = self._load()
+        self.vectors = self.vectors.to(model.device)
 
     def stream(self, seen: LayerView, target: int) -> Tensor:
         """residual + gate-weighted default vectors, [T, H]."""

@@ -34,13 +34,13 @@ def violations(record: RunRecord, *, moved_bytes: int | None = None, wall_s: flo
 
 
 def activation_violations(calls: pd.DataFrame) -> list[str]:
-    """hits + late + misses == needed, in every layer call; no count is negative; the CPU computes misses only."""
+    """hits + late + misses == needed, in every layer call; no count is negative; only misses are computed in place."""
     found = calls["hits"] + calls["late"] + calls["misses"]
-    counts = calls[["needed", "hits", "late", "misses", "cpu_computed"]]
+    counts = calls[["needed", "hits", "late", "misses", "in_place"]]
     return [
         *_report(calls, found != calls["needed"], "hits + late + misses differ from the experts needed"),
         *_report(calls, (counts < 0).any(axis=1), "a negative count of experts"),
-        *_report(calls, calls["cpu_computed"] > calls["misses"], "more experts computed on the CPU than missed"),
+        *_report(calls, calls["in_place"] > calls["misses"], "more experts computed in place than missed"),
     ]
 
 
@@ -60,10 +60,10 @@ def byte_violations(transfers: pd.DataFrame, moved_bytes: int | None = None) -> 
 
 
 def transfer_violations(record: RunRecord) -> list[str]:
-    """Layer calls and transfers tell the same story: one demand load per miss that the CPU did not compute, one late
+    """Layer calls and transfers tell the same story: one demand load per miss that was not computed in place, one late
     prefetch per late expert, no more prefetch hits than hits. Transfers before the first forward pass are not asked for."""
     transfers = record.transfers[record.transfers["submitted_s"] >= 0]
-    loaded = int((record.calls["misses"] - record.calls["cpu_computed"]).sum())
+    loaded = int((record.calls["misses"] - record.calls["in_place"]).sum())
     pairs = [
         (loaded, int((transfers["outcome"] == "demand").sum()), "misses to be loaded", "demand loads"),
         (int(record.calls["late"].sum()), int(transfers["late"].sum()), "late experts", "late prefetches"),
@@ -158,7 +158,7 @@ def _phase(record: RunRecord, phase: str, link_bytes_per_s: float | None) -> dic
         "prefetch_hit_rate": _share(_arrived_in_time(transfers).sum(), needed),
         "late_rate": _share(calls["late"].sum(), needed),
         "miss_rate": _share(calls["misses"].sum(), needed),
-        "cpu_rate": _share(calls["cpu_computed"].sum(), needed),
+        "in_place_rate": _share(calls["in_place"].sum(), needed),
         **{f"{outcome}_bytes_per_token": _share(n, n_tokens) for outcome, n in n_bytes.items()},
         "transfer_share": _share(_covered_s(transfers), wall_s),
         "link_utilisation": _share(sum(n_bytes.values()), wall_s * (link_bytes_per_s or 0)),

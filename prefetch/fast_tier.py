@@ -51,7 +51,7 @@ class LookUp:
     hits: list[ExpertKey] = field(default_factory=list)  # in a slot, fully arrived
     late: list[Demand] = field(default_factory=list)  # its prefetch is under way
     misses: list[Demand] = field(default_factory=list)
-    on_cpu: list[ExpertKey] = field(default_factory=list)  # misses that the CPU computes from the backing tier
+    in_place: list[ExpertKey] = field(default_factory=list)  # misses computed where they lie: by the CPU, or by a GPU across the link
     transient_hits: list[ExpertKey] = field(default_factory=list)  # hits (prefetched) that the policy declined
 
 
@@ -123,7 +123,7 @@ class FastTier:
         self,
         layer: int,
         needed: Sequence[ExpertKey],
-        choose_cpu: Callable[[list[ExpertKey]], Collection[ExpertKey]],
+        choose_in_place: Callable[[list[ExpertKey]], Collection[ExpertKey]],
     ) -> LookUp:
         """One routing event: accesses for members, then admissions, both in routing order, whatever has arrived by now,
         so that the cache's history depends on the routing alone. Prefetches for this layer that it does not need end here.
@@ -131,20 +131,20 @@ class FastTier:
         Args:
             layer: the MoE layer that routes.
             needed: its experts, in routing order, without repeats.
-            choose_cpu: given the experts that are not on board, those that the CPU shall compute.
+            choose_in_place: given the experts that are not on board, those to be computed where they lie.
         """
         found = LookUp()
         in_use = frozenset(needed)
         self._expire(layer, in_use)
         absent = [key for key in needed if key not in self.slots]
-        on_cpu = frozenset(choose_cpu(absent)) if absent else frozenset()
+        in_place = frozenset(choose_in_place(absent)) if absent else frozenset()
         members = [key for key in needed if key in self.policy]
         for key in members:
             self.policy.access(key)
             self._confirm(key, False, found)
         for key in needed:
-            if key in on_cpu:
-                found.on_cpu.append(key)
+            if key in in_place:
+                found.in_place.append(key)
             elif key not in members:
                 victims = self.policy.insert(key, in_use)
                 self._evict(victim for victim in victims if victim != key)

@@ -6,6 +6,7 @@ materialised, and their forward goes to the `OffloadRuntime` through transformer
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -28,11 +29,12 @@ from prefetch.pre_gate import PreGates, read_pre_gates
 from prefetch.pre_gated_routing import route_by
 from prefetch.runtime import OffloadRuntime
 
+CPU = torch.device("cpu")
 IMPLEMENTATION = "gatecast"  # the name under which our experts forward is registered with transformers
 
 
-def load_offloaded(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model in `folder` without its routed experts, in evaluation mode.
+def load_offloaded(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The causal language model in `folder` without its routed experts, on `device`, in evaluation mode.
 
     Raises:
         UnsupportedModelError: no family knows where this architecture keeps its experts, or it is not a SwiGLU MoE.
@@ -50,11 +52,11 @@ def load_offloaded(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise CheckpointError(f"{folder}: the checkpoint lacks {', '.join(sorted(report['missing_keys'])[:5])}")
     model.set_experts_implementation(IMPLEMENTATION)
     _use_pre_gates(model, folder)
-    return model.eval()
+    return model.to(device).eval()
 
 
-def load_whole(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in `folder` with all its experts, as transformers runs it, in evaluation mode: what offloading must equal.
+def load_whole(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The model in `folder` with all its experts, on `device`, as transformers runs it: what offloading must equal.
 
     Raises:
         CheckpointError: it ships pre-gates that do not fit it.
@@ -62,7 +64,7 @@ def load_whole(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     _use_pre_gates(model, folder)
-    return model.eval()
+    return model.to(device).eval()
 
 
 @contextmanager
@@ -70,7 +72,7 @@ def attach(model: PreTrainedModel, runtime: OffloadRuntime) -> Iterator[OffloadR
     """Let `runtime` serve the MoE layers of `model` for the length of a `with` block."""
     family = family_of(model.config)
     blocks = moe_blocks(model, family)
-    runtime.bind(model_view(model, family, runtime.geometry))
+    runtime.bind(model_view(model, family, runtime.geometry, runtime.predicts_on))
     with ExitStack() as undo:
         for layer, block in enumerate(blocks):
             experts = getattr(block, family.experts)
@@ -88,20 +90,28 @@ def attach(model: PreTrainedModel, runtime: OffloadRuntime) -> Iterator[OffloadR
         yield runtime
 
 
-def model_view(model: PreTrainedModel, family: Family, geometry: MoEGeometry) -> ModelView:
-    """What predictors may know of `model`."""
-    routers = [getattr(block, family.router) for block in moe_blocks(model, family)]
+def model_view(model: PreTrainedModel, family: Family, geometry: MoEGeometry, device: torch.device = CPU) -> ModelView:
+    """What predictors may know of `model`, to be computed on `device`: parts that are elsewhere are copied there."""
+    blocks = moe_blocks(model, family)
+    routers = [_on(device, getattr(block, family.router)) for block in blocks]
     return ModelView(
         geometry.n_layers,
         geometry.n_experts,
         geometry.top_k,
         geometry.expert.hidden,
         [_logits_of(router) for router in routers],
-        [norm.forward for norm in pre_moe_norms(model, family)],  # not called as modules: that would fire our own hooks
+        [_on(device, norm).forward for norm in pre_moe_norms(model, family)],  # as modules they would fire our own hooks
         _fingerprint(routers),
-        _pre_gate_view(model.pre_gates, routers) if model.pre_gates is not None else None,
-        _shared_experts(moe_blocks(model, family), family),
+        _pre_gate_view(model.pre_gates, routers, device) if model.pre_gates is not None else None,
+        _shared_experts(blocks, family, device),
+        device,
     )
+
+
+def _on(device: torch.device, module: Any) -> Any:
+    """`module`, or a copy of it, on `device`."""
+    elsewhere = any(parameter.device != device for parameter in module.parameters())
+    return copy.deepcopy(module).to(device) if elsewhere else module
 
 
 def moe_blocks(model: PreTrainedModel, family: Family) -> list[nn.Module]:
@@ -127,12 +137,14 @@ def _use_pre_gates(model: PreTrainedModel, folder: Path) -> None:
         route_by([getattr(block, family.router) for block in moe_blocks(model, family)], model.pre_gates)
 
 
-def _shared_experts(blocks: list[nn.Module], family: Family) -> list[Callable[[Tensor], Tensor]] | None:
+def _shared_experts(blocks: list[nn.Module], family: Family, device: torch.device) -> list[Callable[[Tensor], Tensor]] | None:
     """What each block adds for every token, None where the architecture has no shared expert."""
     if not all(hasattr(block, family.shared_expert) for block in blocks):
         return None
     return [
-        partial(_shared_output, getattr(block, family.shared_expert), getattr(block, family.shared_expert_gate))
+        partial(
+            _shared_output, *(_on(device, getattr(block, name)) for name in (family.shared_expert, family.shared_expert_gate))
+        )
         for block in blocks
     ]
 
@@ -142,14 +154,14 @@ def _shared_output(expert: nn.Module, gate: nn.Module, hidden: Tensor) -> Tensor
     return output
 
 
-def _pre_gate_view(pre_gates: PreGates, routers: list[Any]) -> PreGateView:
+def _pre_gate_view(pre_gates: PreGates, routers: list[Any], device: torch.device) -> PreGateView:
     """Where the heads route, their logits are the router's own, to the bit."""
     logits: Mapping[int, Callable[[Tensor], Tensor]]
     if pre_gates.route:
         logits = {target: _logits_of(routers[target]) for target in range(pre_gates.level, len(routers))}
     else:
         heads = enumerate(pre_gates.heads, start=pre_gates.level)
-        logits = {target: partial(_head_logits, head.float()) for target, head in heads}
+        logits = {target: partial(_head_logits, head.float().to(device)) for target, head in heads}
     return PreGateView(pre_gates.level, pre_gates.route, logits)
 
 

@@ -21,7 +21,7 @@ from prefetch.geometry import MoEGeometry
 from prefetch.trace import RoutingTrace
 
 CALL_COLUMNS = [
-    "sequence", "step", "phase", "layer", "n_tokens", "needed", "hits", "late", "misses", "cpu_computed",
+    "sequence", "step", "phase", "layer", "n_tokens", "needed", "hits", "late", "misses", "in_place",
     "start_s", "total_s", "stall_s", "expert_s", "predictor_s", "overhead_s",
 ]  # fmt: skip
 FORWARD_COLUMNS = ["sequence", "step", "phase", "n_tokens", "start_s", "wall_s"]

@@ -9,15 +9,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from kernels.expert_mlp import expert_mlp, expert_mlps
 from predictors.base import AttentionView, LayerView, ModelView, Prediction, Predictor
 from predictors.lookahead import layers_ahead
 from predictors.none import NoPredictor
-from prefetch.dispatch import Dispatch, dispatch
+from prefetch.compute.base import ExpertCompute, LayerCompute
+from prefetch.compute.torch_experts import TorchExperts
+from prefetch.dispatch import dispatch
 from prefetch.errors import GatecastError, RoutingError, TransferError
 from prefetch.fast_tier import Demand, FastTier, LookUp
 from prefetch.geometry import ExpertKey, MoEGeometry
@@ -27,7 +31,6 @@ from prefetch.recorder import CallTimer, Recorder
 log = logging.getLogger(__name__)
 
 ReadExpert = Callable[[ExpertKey], tuple[Tensor, Tensor]]  # (gate_up [2I, H], down [H, I]) straight from the backing tier
-RowsOf = dict[int, Tensor]  # expert -> [n, H], one row for each of its (token, rank) pairs
 
 
 class OffloadRuntime:
@@ -37,13 +40,24 @@ class OffloadRuntime:
         geometry: sizes of the routed part of the model.
         tier: slots, cache members and transfers.
         predictor: guesses coming experts; a hint only.
-        planner: turns guesses into prefetches, and misses into CPU work.
-        read_expert: an expert's weights from the backing tier, for those the CPU computes.
+        planner: turns guesses into prefetches, and leaves misses in place that are better computed there.
+        read_expert: an expert's weights in the backing tier, for those misses.
+        compute: who computes experts; by default the CPU, out of the tier's slots.
     """
 
-    def __init__(self, geometry: MoEGeometry, tier: FastTier, predictor: Predictor, planner: Planner, read_expert: ReadExpert):
+    def __init__(
+        self,
+        geometry: MoEGeometry,
+        tier: FastTier,
+        predictor: Predictor,
+        planner: Planner,
+        read_expert: ReadExpert,
+        compute: ExpertCompute | None = None,
+    ):
         self.geometry, self.tier, self.predictor, self.planner = geometry, tier, predictor, planner
         self.read_expert = read_expert
+        self.compute = compute or TorchExperts(tier.pool)
+        self.predicts_on = self.compute.device if predictor.on_device else torch.device("cpu")
         self.recorder = Recorder(geometry)
         self.keys = [[ExpertKey(layer, e) for e in range(geometry.n_experts)] for layer in range(geometry.n_layers)]
         self.sequence, self.step = -1, 0
@@ -65,7 +79,8 @@ class OffloadRuntime:
         else:
             self.step += 1
         self.tier.sequence, self.tier.step = self.sequence, self.step
-        self.token_ids = token_ids
+        token_ids = token_ids.cpu()
+        self.token_ids = token_ids.to(self.predicts_on)
         self.recorder.begin_forward(self.sequence, self.step, token_ids)
 
     def end_forward(self) -> None:
@@ -81,7 +96,7 @@ class OffloadRuntime:
         if not self.predictor.before_attention or self._nothing_to_prefetch():
             return
         started = time.perf_counter()
-        seen = AttentionView(layer, self.step, self.sequence, pre_attention, self.token_ids)
+        seen = AttentionView(layer, self.step, self.sequence, pre_attention.to(self.predicts_on), self.token_ids)
         predictions = self._guarded(lambda: self.predictor.predict_before_attention(seen), layer)
         self._prefetch(predictions, layer, [], before_attention=True)
         self.early_s = time.perf_counter() - started
@@ -98,28 +113,33 @@ class OffloadRuntime:
             RoutingError: the router's weights are not finite.
             TransferError: a needed expert could not be read.
         """
+        ids, weights = topk_ids.cpu(), topk_weights.cpu()  # on a GPU, waits until the router has spoken: no cost of this call
         timer = CallTimer(time.perf_counter() - self.early_s, predictor_s=self.early_s)
         self.early_s = 0.0
-        self._check_routing(layer, topk_weights)
-        self.recorder.routed(topk_ids, topk_weights)
-        work = dispatch(topk_ids)
+        self.compute.enter(f"experts of layer {layer}")
+        self._check_routing(layer, weights)
+        self.recorder.routed(ids, weights)
+        work = dispatch(ids)
 
-        found = self._look_up(layer, work)
+        found = self._look_up(layer, work.experts)
         waiting = self.tier.start(found.misses)
-        self._predict_and_prefetch(layer, hidden, topk_ids, topk_weights, work, timer)
-        inputs, rows = work.inputs(hidden), RowsOf()
-        self._compute_present(found.hits, inputs, rows, timer)
+        self._predict_and_prefetch(layer, hidden, ids, weights, work.experts, timer)
+        started = time.perf_counter()
+        call = self.compute.begin(layer, hidden, topk_ids, topk_weights, work)
+        timer.expert_s += time.perf_counter() - started
+        self._compute(call, found.hits, timer)
         for key in found.transient_hits:
             self.tier.release(key)
-        for key in found.on_cpu:
-            self._compute_on_cpu(key, inputs, rows, timer)
-        self._compute_as_they_arrive(found.late + found.misses, waiting, inputs, rows, timer)
+        for key in found.in_place:
+            self._compute_in_place(call, key, timer)
+        self._compute_as_they_arrive(call, found.late + found.misses, waiting, timer)
 
         started = time.perf_counter()
-        out = work.combine(rows, topk_weights.to(hidden.dtype))
+        out = call.finish()
         ended = time.perf_counter()
         timer.expert_s += ended - started
-        self.recorder.called(layer, len(hidden), _counts(work, found), timer, ended)
+        self.compute.leave()
+        self.recorder.called(layer, len(hidden), _counts(found), timer, ended)
         return out
 
     def _check_routing(self, layer: int, topk_weights: Tensor) -> None:
@@ -130,10 +150,10 @@ class OffloadRuntime:
                 "the hidden states hold NaN or Inf; check the checkpoint's weights and dtype"
             )
 
-    def _look_up(self, layer: int, work: Dispatch) -> LookUp:
+    def _look_up(self, layer: int, needed: list[int]) -> LookUp:
         keys = self.keys[layer]
         return self.tier.look_up(
-            layer, [keys[e] for e in work.experts], lambda absent: self.planner.compute_on_cpu(absent, self._tier_view())
+            layer, [keys[e] for e in needed], lambda absent: self.planner.leave_in_place(absent, self._tier_view())
         )
 
     def _tier_view(self) -> FastTierView:
@@ -141,18 +161,20 @@ class OffloadRuntime:
         return FastTierView(tier.on_board, tier.prefetch_room, tier.transfers.queued_bytes, tier.useful_share, tier.consider)
 
     def _predict_and_prefetch(
-        self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, work: Dispatch, timer: CallTimer
+        self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, computing: Sequence[int], timer: CallTimer
     ) -> None:
         """While the demand loads travel: ask the predictor, record its guesses, start what the planner chooses."""
         if type(self.predictor) is NoPredictor or self._nothing_to_prefetch():
             return
         started = time.perf_counter()
-        seen = LayerView(
-            layer, self.step, self.sequence, hidden, self.residual, ids, weights, self.token_ids, self.pre_attention
-        )
+        states = hidden, self.residual, ids, weights, self.token_ids, self.pre_attention
+        seen = LayerView(layer, self.step, self.sequence, *(self._for_predictor(state) for state in states))
         predictions = self._guarded(lambda: self.predictor.predict(seen), layer)
-        self._prefetch(predictions, layer, work.experts)
+        self._prefetch(predictions, layer, computing)
         timer.predictor_s += time.perf_counter() - started
+
+    def _for_predictor(self, state: Tensor | None) -> Any:
+        return None if state is None else state.to(self.predicts_on)
 
     def _nothing_to_prefetch(self) -> bool:
         """With every expert on board predicting would only cost time."""
@@ -174,7 +196,7 @@ class OffloadRuntime:
     def _guarded(self, predict: Callable[[], list[Prediction]], layer: int) -> list[Prediction]:
         """A prediction is a hint: one that fails must not stop the run. It is reported once and switched off."""
         try:
-            predictions = predict()
+            predictions = [prediction if prediction.scores.is_cpu else _on_host(prediction) for prediction in predict()]
             for prediction in predictions:
                 _check_prediction(prediction, len(self.token_ids), self.geometry)
             return predictions
@@ -188,29 +210,21 @@ class OffloadRuntime:
             self.predictor = NoPredictor()
             return []
 
-    def _compute_present(self, keys: list[ExpertKey], inputs: RowsOf, rows: RowsOf, timer: CallTimer) -> None:
+    def _compute(self, call: LayerCompute, keys: list[ExpertKey], timer: CallTimer) -> None:
         started = time.perf_counter()
-        slots, pool = self.tier.slots, self.tier.pool
-        found = expert_mlps([inputs[key.expert] for key in keys], [pool.expert(slots[key]) for key in keys])
-        rows.update((key.expert, outputs) for key, outputs in zip(keys, found, strict=True))
+        call.from_slots(keys, [self.tier.slots[key] for key in keys])
         timer.expert_s += time.perf_counter() - started
 
-    def _compute(self, key: ExpertKey, inputs: RowsOf, rows: RowsOf, timer: CallTimer) -> None:
-        slot, pool = self.tier.slots[key], self.tier.pool
-        started = time.perf_counter()
-        rows[key.expert] = expert_mlp(inputs[key.expert], *pool.expert(slot))
-        timer.expert_s += time.perf_counter() - started
-
-    def _compute_on_cpu(self, key: ExpertKey, inputs: RowsOf, rows: RowsOf, timer: CallTimer) -> None:
+    def _compute_in_place(self, call: LayerCompute, key: ExpertKey, timer: CallTimer) -> None:
         started = time.perf_counter()
         gate_up, down = self.read_expert(key)
         read = time.perf_counter()
         timer.stall_s += read - started
-        rows[key.expert] = expert_mlp(inputs[key.expert], gate_up, down)
+        call.in_place(key, gate_up, down)
         timer.expert_s += time.perf_counter() - read
 
     def _compute_as_they_arrive(
-        self, demands: list[Demand], waiting: list[Demand], inputs: RowsOf, rows: RowsOf, timer: CallTimer
+        self, call: LayerCompute, demands: list[Demand], waiting: list[Demand], timer: CallTimer
     ) -> None:
         """Wait for transfers and compute each expert as it comes; a transient's slot goes to the next one waiting."""
         pending = {d.record.transfer: d for d in demands if d.record is not None}
@@ -223,7 +237,7 @@ class OffloadRuntime:
                 if transfer.error is not None:
                     self._give_up([demand, *pending.values(), *waiting], demand)
                 self.tier.arrived(demand)
-                self._compute(demand.key, inputs, rows, timer)
+                self._compute(call, [demand.key], timer)
                 if demand.transient:
                     self.tier.release(demand.key)
             if waiting:
@@ -251,9 +265,14 @@ class OffloadRuntime:
         self.tier.transfers.close()
 
 
-def _counts(work: Dispatch, found: LookUp) -> tuple[int, int, int, int, int]:
-    n_cpu = len(found.on_cpu)
-    return len(work.experts), len(found.hits), len(found.late), len(found.misses) + n_cpu, n_cpu
+def _counts(found: LookUp) -> tuple[int, int, int, int, int]:
+    n_hits, n_late, n_in_place = len(found.hits), len(found.late), len(found.in_place)
+    n_misses = len(found.misses) + n_in_place
+    return n_hits + n_late + n_misses, n_hits, n_late, n_misses, n_in_place
+
+
+def _on_host(prediction: Prediction) -> Prediction:
+    return replace(prediction, scores=prediction.scores.cpu())
 
 
 def _check_prediction(prediction: Prediction, n_tokens: int, geometry: MoEGeometry) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import heapq
 import math
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from prefetch.errors import CapacityError, ConfigError
+from prefetch.errors import CapacityError
 from prefetch.geometry import ExpertKey, MoEGeometry
 from prefetch.memory import allocate_pages
 from prefetch.pack_format import row_tensors
@@ -31,15 +32,25 @@ class SlotPool:
 
     Attributes:
         n_slots: slots in all.
-        slot_of: int32 [L, E], the slot of each published expert, -1 where absent.
+        rows: uint8 [n_slots, row_bytes] on `device`.
+        slot_of: int32 [L, E], the slot of each published expert, -1 where absent; on the host.
     """
 
-    def __init__(self, geometry: MoEGeometry, n_slots: int, device: str = "cpu"):
+    def __init__(
+        self,
+        geometry: MoEGeometry,
+        n_slots: int,
+        device: torch.device | str = "cpu",
+        on_release: Callable[[int], None] | None = None,
+    ):
         if n_slots < 1:
             raise CapacityError(f"the fast tier has {n_slots} slots; it needs at least 1 (cache.slots)")
         self.n_slots = n_slots
-        self._buffers, rows = _allocate(n_slots, geometry.expert.row_bytes, device)
-        self._experts = [row_tensors(row, geometry.expert) for row in rows]  # made once: a layer call must not pay for slicing
+        self.rows = _allocate(n_slots, geometry.expert.row_bytes, torch.device(device))
+        self._on_release = on_release
+        self._experts = [
+            row_tensors(row, geometry.expert) for row in self.rows
+        ]  # made once: a layer call must not pay for slicing
         self.slot_of = torch.full((geometry.n_layers, geometry.n_experts), -1, dtype=torch.int32)
         self._table = self.slot_of.numpy()  # the same memory; reading one entry costs a tenth of torch's time
         self._table_rows = [memoryview(row) for row in self._table]
@@ -65,6 +76,8 @@ class SlotPool:
             raise ValueError(f"slot {slot} is already free")
         if self._owner[slot] is not None:
             raise ValueError(f"slot {slot} still holds {self._owner[slot]}: unpublish it before its slot is released")
+        if self._on_release is not None:
+            self._on_release(slot)
         self._is_free[slot] = True
         heapq.heappush(self._free, slot)
 
@@ -88,9 +101,13 @@ class SlotPool:
         """A copy of `slot_of[layer]`: int32 [E] as bytes, which a layer call can afford to take."""
         return self._table_rows[layer].tobytes()
 
+    def address(self, slot: int) -> int:
+        """Where the slot's `row_bytes` bytes are, in the memory of the pool's device."""
+        return self.rows.data_ptr() + slot * self.rows.stride(0)
+
     def buffer(self, slot: int) -> memoryview:
-        """The slot's bytes, writable, `row_bytes` long, page-aligned."""
-        return self._buffers[slot]
+        """The slot's bytes: themselves, page-aligned, where the CPU can reach them, else a copy of them."""
+        return self.rows[slot].cpu().numpy().data
 
     def expert(self, slot: int) -> tuple[Tensor, Tensor]:
         """Views into the slot: gate_up [2I, H] (gate rows, then up rows) and down [H, I]."""
@@ -116,11 +133,28 @@ def parse_slots(spec: int | float | str, geometry: MoEGeometry) -> int:
     return _from_count(spec, geometry) if isinstance(spec, int) else _from_fraction(spec, geometry)
 
 
-def _parse_text(text: str, geometry: MoEGeometry) -> int:
+def parse_bytes(text: str, option: str) -> int:
+    """How many bytes "12GB" (10^9) or "512MiB" (2^20) mean.
+
+    Raises:
+        CapacityError: `text` is neither, naming `option`.
+    """
+    number, unit = _number_and_unit(str(text).strip())
+    if unit not in BYTE_UNITS or float(number) <= 0:
+        raise CapacityError(f'{option}={text} is not a size in bytes, such as "12GB" or "512MiB"')
+    return int(float(number) * BYTE_UNITS[unit])
+
+
+def _number_and_unit(text: str) -> tuple[str, str]:
     match = re.fullmatch(r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)\s*([a-z]*)", text.lower())
     number, unit = match.groups() if match else ("", "")
-    if unit.upper() in BYTE_UNITS:
-        return _from_bytes(float(number) * BYTE_UNITS[unit.upper()], text, geometry)
+    return number, unit.upper()
+
+
+def _parse_text(text: str, geometry: MoEGeometry) -> int:
+    number, unit = _number_and_unit(text)
+    if unit in BYTE_UNITS:
+        return _from_bytes(float(number) * BYTE_UNITS[unit], text, geometry)
     if not number or unit:
         raise CapacityError(f"capacity {text!r} is not {CAPACITY_FORMS}")
     if number.lstrip("-").isdigit():
@@ -150,11 +184,16 @@ def _from_bytes(n_bytes: float, text: str, geometry: MoEGeometry) -> int:
     return min(int(n_bytes // row_bytes), geometry.n_total)
 
 
-def _allocate(n_slots: int, row_bytes: int, device: str) -> tuple[list[memoryview], Tensor]:
-    """The only place that knows where slots live: each slot's bytes, and all of them as uint8 [n_slots, row_bytes]."""
-    if device != "cpu":
-        raise ConfigError(f"device {device!r} has no slot pool yet; 'cpu' has")
-    pages = allocate_pages(n_slots * row_bytes, f"a fast tier of {n_slots} slots (cache.slots)")
-    whole = memoryview(pages)
-    buffers = [whole[slot * row_bytes : (slot + 1) * row_bytes] for slot in range(n_slots)]
-    return buffers, torch.frombuffer(pages, dtype=torch.uint8).view(n_slots, row_bytes)
+def _allocate(n_slots: int, row_bytes: int, device: torch.device) -> Tensor:
+    """The only place that knows where slots live: uint8 [n_slots, row_bytes]."""
+    purpose = f"a fast tier of {n_slots} slots (cache.slots)"
+    if device.type == "cpu":
+        pages = allocate_pages(n_slots * row_bytes, purpose)
+        return torch.frombuffer(pages, dtype=torch.uint8).view(n_slots, row_bytes)
+    try:
+        return torch.empty(n_slots, row_bytes, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(
+            f"{purpose} needs {n_slots * row_bytes / 1e9:.2f} GB of {device}'s memory, which has not as much left: lower "
+            "cache.slots, or raise backend.memory"
+        ) from error

@@ -32,7 +32,7 @@ class Planner(ABC):
     def plan(self, predictions: Sequence[Prediction], tier: FastTierView) -> list[ExpertKey]:
         """Experts to prefetch, most urgent first; at most `tier.free_slots` of them, none of them on board."""
 
-    def compute_on_cpu(self, missing: Sequence[ExpertKey], tier: FastTierView) -> list[ExpertKey]:
-        """Those of the `missing` experts of the layer in progress that the CPU should compute from the backing tier
-        instead of bringing them into slots (hybrid planners override this)."""
+    def leave_in_place(self, missing: Sequence[ExpertKey], tier: FastTierView) -> list[ExpertKey]:
+        """Those of the `missing` experts of the layer in progress that are better computed where they lie, by the CPU or by a GPU
+        across the link, than brought into slots (hybrid planners override this)."""
         return []

@@ -35,7 +35,7 @@ class CpuFallback(Planner):
         """What `prefetch` plans."""
         return self.prefetch.plan(predictions, tier)
 
-    def compute_on_cpu(self, missing: Sequence[ExpertKey], tier: FastTierView) -> list[ExpertKey]:
+    def leave_in_place(self, missing: Sequence[ExpertKey], tier: FastTierView) -> list[ExpertKey]:
         """The `missing` experts, in routing order, that find no place in a queue of `link_experts`."""
         row_bytes = self.geometry.expert.row_bytes
         n_by_link = max(0, (self.link_experts * row_bytes - tier.queued_bytes) // row_bytes)

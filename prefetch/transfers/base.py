@@ -103,4 +103,4 @@ class Transfers(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Cancel everything, stop all threads, release files. Safe to call twice."""
+        """Cancel everything and stop all threads. Safe to call twice."""

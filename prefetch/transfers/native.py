@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
-from ctypes import POINTER, c_double, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from prefetch.errors import BuildError
 C_SOURCE = Path(__file__).with_name("pool.c")
 BUILD_DIR = Path(__file__).resolve().parents[2] / ".cache" / "native"
 FLAGS = ("-std=gnu11", "-O2", "-Wall", "-shared", "-fPIC", "-pthread")
-READ_SHORT, READ_RAISED = -1, -2  # as in pool.c
+READ_SHORT, READ_RAISED, GPU_ERROR = -1, -2, -1000  # as in pool.c
 
 
 class NativeJob(ctypes.Structure):
@@ -31,6 +31,7 @@ class NativeJob(ctypes.Structure):
         ("offset", c_int64),
         ("n_bytes", c_int64),
         ("slot_address", c_void_p),
+        ("fence", c_void_p),
         ("moved_bytes", c_int64),
         ("submitted_s", c_double),
         ("started_s", c_double),
@@ -56,6 +57,22 @@ class NativeMemory(ctypes.Structure):
     _fields_ = (("address", c_void_p), ("n_bytes", c_int64))
 
 
+class NativeGpu(ctypes.Structure):
+    """`gpu` of pool.c."""
+
+    _fields_ = (
+        ("host", NativeMemory),
+        ("context", c_void_p),
+        ("streams", POINTER(c_void_p)),
+        ("n_streams", c_int64),
+        ("_taken", c_uint64),
+        ("set_context", c_void_p),
+        ("wait_event", c_void_p),
+        ("copy", c_void_p),
+        ("synchronize", c_void_p),
+    )
+
+
 ReadFunction = ctypes.CFUNCTYPE(c_int32, c_void_p, POINTER(NativeJob), c_int64, c_int64, c_void_p, POINTER(c_int64))
 CheckFunction = ctypes.CFUNCTYPE(c_int32, POINTER(NativeJob))
 
@@ -73,6 +90,7 @@ def library() -> ctypes.CDLL:
         ("link_deliver", None, c_void_p, c_double),
         ("read_disk", c_int32, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
         ("read_memory", c_int32, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
+        ("copy_to_gpu", c_int32, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
         ("pool_bytes", c_int64, c_int32),
         ("pool_open", c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int32),
         ("pool_queued_bytes", c_void_p, c_void_p),

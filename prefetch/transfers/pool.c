@@ -15,7 +15,7 @@
 #include <unistd.h>
 
 enum state { QUEUED, RUNNING, DONE, FAILED, CANCELLED };
-enum { READ_SHORT = -1, READ_RAISED = -2 }; /* error codes beside errno's: the file ended early; Python raised */
+enum { READ_SHORT = -1, READ_RAISED = -2, GPU_ERROR = -1000 }; /* error codes beside errno's: the file ended early; Python raised */
 #define PAGE_BYTES 4096
 #define SPIN_S 20e-6 /* about what a precise sleep overshoots */
 #define WATCH_S 1e-3 /* more than a layer's time: how long a thread looks out for work, or for news, before it sleeps */
@@ -24,10 +24,11 @@ enum { READ_SHORT = -1, READ_RAISED = -2 }; /* error codes beside errno's: the f
 typedef struct job {
     int64_t offset, n_bytes; /* of the expert's row in its backing tier */
     char *slot;
+    void *fence; /* a GPU's event that must have passed before the slot may be written; or NULL */
     int64_t moved_bytes;
     double submitted_s, started_s, finished_s;
     int32_t state, demand;
-    int32_t error;               /* 0, an errno, READ_SHORT or READ_RAISED */
+    int32_t error;               /* 0, an errno, READ_SHORT, READ_RAISED, or GPU_ERROR less the driver's code */
     int64_t error_start, n_read; /* of the chunk that failed: where it starts in the row, and what could be read */
     /* the pool's own */
     int64_t next_start; /* bytes handed out to threads so far */
@@ -36,7 +37,7 @@ typedef struct job {
     struct job *queue_before, *queue_after, *before, *after;
 } job;
 
-_Static_assert(sizeof(job) == 136, "native.py mirrors the layout");
+_Static_assert(sizeof(job) == 144, "native.py mirrors the layout");
 
 typedef struct emulated_link { /* see link.py */
     double bytes_per_s, latency_s;
@@ -156,6 +157,49 @@ int32_t read_memory(void *source, job *j, int64_t start, int64_t n_bytes, char *
         return READ_SHORT;
     memcpy(into, m->bytes + j->offset + start, n_bytes);
     return 0;
+}
+
+/* A GPU's memory behind pinned host memory. The driver is found at run time (cuda.py); these are a few of its functions. */
+typedef int32_t cu_result; /* 0 is success */
+typedef struct gpu {
+    memory host;
+    void *context;
+    void **streams; /* at most 64, each used by one thread at a time */
+    int64_t n_streams;
+    uint64_t taken; /* bit i: stream i */
+    cu_result (*set_context)(void *context);
+    cu_result (*wait_event)(void *stream, void *event, uint32_t flags);
+    cu_result (*copy)(uint64_t to, const void *from, size_t n_bytes, void *stream);
+    cu_result (*synchronize)(void *stream);
+} gpu;
+
+static int take_stream(gpu *g) {
+    uint64_t taken = __atomic_load_n(&g->taken, __ATOMIC_RELAXED);
+    for (;;) {
+        int i = __builtin_ctzll(~taken); /* there are as many streams as threads */
+        if (__atomic_compare_exchange_n(&g->taken, &taken, taken | 1ull << i, 0, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED))
+            return i;
+    }
+}
+
+/* One chunk over the link by the copy engine. Returns when it has arrived, so that the queue behind it stays in our hands: what the
+ * driver has been given can be neither cancelled nor overtaken. A second thread keeps the link busy meanwhile. */
+int32_t copy_to_gpu(void *source, job *j, int64_t start, int64_t n_bytes, char *into, int64_t *n_read) {
+    gpu *g = source;
+    int64_t left = g->host.n_bytes - (j->offset + start);
+    *n_read = left < 0 ? 0 : left < n_bytes ? left : n_bytes;
+    if (*n_read < n_bytes)
+        return READ_SHORT;
+    int i = take_stream(g);
+    cu_result failed = g->set_context(g->context);
+    if (!failed && j->fence)
+        failed = g->wait_event(g->streams[i], j->fence, 0);
+    if (!failed)
+        failed = g->copy((uint64_t)into, g->host.bytes + j->offset + start, n_bytes, g->streams[i]);
+    cu_result unfinished = g->synchronize(g->streams[i]); /* also after a failure: nothing may write into the slot any more */
+    __atomic_fetch_and(&g->taken, ~(1ull << i), __ATOMIC_RELEASE);
+    failed = failed ? failed : unfinished;
+    return failed ? GPU_ERROR - failed : 0;
 }
 
 /* ---- the lock ---- */

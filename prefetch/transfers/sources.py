@@ -119,17 +119,17 @@ class HostSource(Source):
         super().__init__(path, offset_of, row_bytes)
         self.reader = library().read_memory
         self._bytes = _load(self.path)
-        self.context = NativeMemory(self._bytes.ctypes.data, self._bytes.size)
+        self.context = self.memory = NativeMemory(self._bytes.ctypes.data, self._bytes.size)
 
     def row(self, key: ExpertKey) -> memoryview:
         start = self.offset_of(key)
-        there = max(0, self.context.n_bytes - start)
+        there = max(0, self.memory.n_bytes - start)
         if there < self.row_bytes:
             raise self.error(key, 0, READ_SHORT, there, self.row_bytes)
         return self._bytes.data[start : start + self.row_bytes]
 
     def close(self) -> None:
-        self.context.n_bytes = 0
+        self.memory.n_bytes = 0
         self._bytes = np.empty(0, dtype=np.uint8)
 
 

@@ -72,10 +72,12 @@ class ThreadTransfers(Transfers):
     A cancelled transfer always ends as CANCELLED (or FAILED), even if its last bytes were just arriving.
 
     Args:
-        source: the backing tier; closed by `close`.
-        slot_buffer: the writable bytes of a slot, `source.row_bytes` long, e.g. `SlotPool.buffer`.
+        source: the backing tier; it must stay open until these transfers are closed.
+        slot_buffer: the bytes of a slot, `source.row_bytes` long, e.g. `SlotPool.buffer`: writable, or read by `check` alone.
         n_threads: worker threads.
         chunk_bytes: the most a demand load waits for on each thread; whole pages.
+        slot_address: where a slot's bytes go; by default into its buffer.
+        fence: the event after which a GPU has read a slot's last expert, 0 for none; asked at `submit`.
         link: paces every chunk, and is cut by `close`; None moves them as fast as the tier can.
         check: called with (key, row) when a row has arrived; it raises if the row is damaged. It takes the interpreter
             lock of the thread that moved the row.
@@ -88,6 +90,8 @@ class ThreadTransfers(Transfers):
         *,
         n_threads: int,
         chunk_bytes: int,
+        slot_address: Callable[[int], int] | None = None,
+        fence: Callable[[int], int] = lambda slot: 0,
         link: EmulatedLink | None = None,
         check: Callable[[ExpertKey, memoryview], None] | None = None,
     ):
@@ -96,6 +100,8 @@ class ThreadTransfers(Transfers):
         if chunk_bytes < 1 or chunk_bytes % PAGE_BYTES:
             raise ConfigError(f"tier.chunk_bytes is {chunk_bytes}; a multiple of {PAGE_BYTES} is right")
         self._source, self._slot_buffer, self._link, self._check = source, slot_buffer, link, check
+        self._slot_address = slot_address or (lambda slot: address_of(slot_buffer(slot)))
+        self._fence = fence
         self._under_way: dict[int, Job] = {}  # by address; keeps native memory alive until its job has settled
         self._slot_addresses: dict[int, int] = {}
         self._raised: dict[int, BaseException] = {}  # by `check`, by address
@@ -120,8 +126,10 @@ class ThreadTransfers(Transfers):
             raise TransferError(f"layer {key[0]} expert {key[1]} cannot be moved: the transfers are closed")
         address = self._slot_addresses.get(slot)
         if address is None:
-            address = self._slot_addresses[slot] = address_of(self._slot_buffer(slot))
-        job = Job(key, slot, NativeJob(self._source.offset_of(key), self._source.row_bytes, address, demand=demand), self)
+            address = self._slot_addresses[slot] = self._slot_address(slot)
+        source = self._source
+        native = NativeJob(source.offset_of(key), source.row_bytes, address, self._fence(slot), demand=demand)
+        job = Job(key, slot, native, self)
         self._forget_settled()
         self._under_way[job.address] = job
         self._lib.pool_submit(self._pool, job.address)
@@ -150,7 +158,6 @@ class ThreadTransfers(Transfers):
     def close(self) -> None:
         self._closed = True
         self._lib.pool_close(self._pool)
-        self._source.close()
         _open.discard(self)
 
     def _forget_settled(self) -> None:

@@ -72,7 +72,7 @@ def summary(tokens_per_s: float, stall_s: float) -> dict[str, float]:
         "prefetch_hit_rate": 0.2,
         "late_rate": 0.1,
         "miss_rate": 0.3,
-        "cpu_rate": 0.0,
+        "in_place_rate": 0.0,
         "demand_bytes_per_token": 2.5e6,
         "useful_bytes_per_token": 1.5e6,
         "wasted_bytes_per_token": 0.4e6,

@@ -26,7 +26,7 @@ def make_record(n_sequences: int = 2, n_decoded: int = 4) -> RunRecord:
             forwards.append((sequence, step, phase, n_tokens, now_s, wall_s))
             for layer in range(N_LAYERS):
                 start_s = now_s + (layer + 0.2) * wall_s / N_LAYERS
-                counts = {"needed": 4, "hits": 2, "late": 1, "misses": 1, "cpu_computed": 0}
+                counts = {"needed": 4, "hits": 2, "late": 1, "misses": 1, "in_place": 0}
                 where = {"sequence": sequence, "step": step, "phase": phase, "layer": layer, "n_tokens": n_tokens}
                 calls.append(where | counts | PARTS_S | {"start_s": start_s, "total_s": sum(PARTS_S.values())})
                 transfers += _transfers_of(sequence, step, layer, start_s)

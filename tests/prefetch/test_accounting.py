@@ -37,9 +37,9 @@ def _drop(table: str, row: int) -> Callable[[RunRecord], None]:
 
 BREAKS = {
     "one more hit than needed": (_set("calls", 5, "hits", 3), "hits + late + misses"),
-    "a negative count": (_set("calls", 0, "cpu_computed", -1), "negative count"),
-    "more on the CPU than missed": (_set("calls", 4, "cpu_computed", 2), "computed on the CPU than missed"),
-    "an expert on the CPU and loaded": (_set("calls", 4, "cpu_computed", 1), "29 misses to be loaded, but 30 demand loads"),
+    "a negative count": (_set("calls", 0, "in_place", -1), "negative count"),
+    "more on the CPU than missed": (_set("calls", 4, "in_place", 2), "computed in place than missed"),
+    "an expert on the CPU and loaded": (_set("calls", 4, "in_place", 1), "29 misses to be loaded, but 30 demand loads"),
     "a transfer nobody accounted for": (_set("transfers", 3, "outcome", ""), "without a known outcome"),
     "a useful prefetch of half an expert": (_set("transfers", 1, "moved_bytes", 500), "did not move all"),
     "an expert of too many bytes": (_set("transfers", 0, "moved_bytes", 1001), "moved more than its bytes"),

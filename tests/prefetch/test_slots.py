@@ -9,9 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from prefetch.errors import CapacityError, ConfigError
+from prefetch.errors import CapacityError
 from prefetch.geometry import ExpertGeometry, ExpertKey, MoEGeometry
-from prefetch.slots import SlotPool, parse_slots
+from prefetch.slots import SlotPool, parse_bytes, parse_slots
 
 N_LAYERS, N_EXPERTS, N_SLOTS = 3, 4, 5
 
@@ -126,8 +126,6 @@ def test_unusable_pools_are_refused():
         SlotPool(geometry(), 0)
     with pytest.raises(CapacityError, match=r"cache\.slots"):
         SlotPool(geometry(), 1 << 50)
-    with pytest.raises(ConfigError, match="'tpu'"):
-        SlotPool(geometry(), 1, device="tpu")
 
 
 ROW = geometry().expert.row_bytes
@@ -188,3 +186,14 @@ def test_capacity_forms(spec, n_slots):
 def test_bad_capacities_say_why(spec, reason):
     with pytest.raises(CapacityError, match=reason):
         parse_slots(spec, geometry(n_layers=25))
+
+
+@pytest.mark.parametrize(("text", "n_bytes"), [("12GB", 12 * 10**9), ("1.5 GiB", 3 * 2**29), ("4096b", 4096)])
+def test_sizes_in_bytes(text, n_bytes):
+    assert parse_bytes(text, "backend.memory") == n_bytes
+
+
+@pytest.mark.parametrize("text", ["12", "0GB", "-1GB", "lots", "12 parsecs", ""])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(CapacityError, match=r"backend\.memory=.*12GB"):
+        parse_bytes(text, "backend.memory")

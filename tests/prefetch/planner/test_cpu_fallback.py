@@ -30,12 +30,12 @@ def bound(link_experts: int) -> CpuFallback:
 
 @pytest.mark.parametrize("queued_experts", [0, 1, 10])
 def test_without_a_link_share_the_cpu_computes_every_miss(queued_experts: int) -> None:
-    assert bound(0).compute_on_cpu(MISSING, tier(queued_experts * ROW_BYTES)) == MISSING
+    assert bound(0).leave_in_place(MISSING, tier(queued_experts * ROW_BYTES)) == MISSING
 
 
 @pytest.mark.parametrize(("queued_bytes", "by_link"), [(0, 2), (1, 1), (ROW_BYTES, 1), (ROW_BYTES + 1, 0), (9 * ROW_BYTES, 0)])
 def test_the_link_takes_misses_until_its_queue_is_full(queued_bytes: int, by_link: int) -> None:
-    assert bound(2).compute_on_cpu(MISSING, tier(queued_bytes)) == MISSING[by_link:]
+    assert bound(2).leave_in_place(MISSING, tier(queued_bytes)) == MISSING[by_link:]
 
 
 def test_prefetches_are_the_inner_planners() -> None:
@@ -50,7 +50,7 @@ def test_prefetches_are_the_inner_planners() -> None:
 def test_other_planners_leave_all_misses_to_the_link() -> None:
     for planner in (TopM(), NoPrefetch()):
         planner.bind(GEOMETRY)
-        assert planner.compute_on_cpu(MISSING, tier(99 * ROW_BYTES)) == []
+        assert planner.leave_in_place(MISSING, tier(99 * ROW_BYTES)) == []
 
 
 def test_refuses_a_negative_queue() -> None:

@@ -323,13 +323,15 @@ def test_interrupt_of_a_helping_thread_fails_its_transfer_and_nothing_else(start
 def test_close_while_busy_leaves_nothing_behind(pack):
     for _ in range(5):
         others = threads_of_process()
-        transfers = ThreadTransfers(disk(pack), Slots(N_CHUNKS * CHUNK).buffer, n_threads=3, chunk_bytes=CHUNK)
+        source = disk(pack)
+        transfers = ThreadTransfers(source, Slots(N_CHUNKS * CHUNK).buffer, n_threads=3, chunk_bytes=CHUNK)
         workers = threads_of_process() - others
         assert len(workers) == 3 and descriptors_of(pack) == 1
         submitted = [transfers.submit(ExpertKey(0, slot), slot, demand=slot < 3) for slot in range(N_SLOTS) for _ in range(20)]
         transfers.close()
         transfers.close()
         assert_gone(workers)
+        source.close()
         assert descriptors_of(pack) == 0
         assert all(transfer.settled for transfer in submitted)
         assert submitted[-1].state is TransferState.CANCELLED
@@ -352,7 +354,7 @@ def test_close_releases_a_waiting_thread(start):
     assert seen == [queued] and queued.state is TransferState.CANCELLED
     source.allow()
     closer.join(PATIENCE_S)
-    assert not closer.is_alive() and source.closed
+    assert not closer.is_alive()
     assert running.state is TransferState.CANCELLED and running.moved_bytes == CHUNK
 
 

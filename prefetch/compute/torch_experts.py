@@ -1,0 +1,45 @@
+"""The CPU path: experts in plain PyTorch, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.expert_mlp import expert_mlp, expert_mlps
+from prefetch.compute.base import ExpertCompute, LayerCompute
+from prefetch.dispatch import Dispatch
+from prefetch.geometry import ExpertKey
+from prefetch.slots import SlotPool
+
+
+class TorchLayer(LayerCompute):
+    """One layer call."""
+
+    def __init__(self, pool: SlotPool, hidden: Tensor, topk_weights: Tensor, work: Dispatch):
+        self.pool, self.work = pool, work
+        self.weights = topk_weights.to(hidden.dtype)
+        self.inputs = work.inputs(hidden)
+        self.rows: dict[int, Tensor] = {}  # expert -> [n, H], one row for each of its (token, rank) pairs
+
+    def from_slots(self, keys: Sequence[ExpertKey], slots: Sequence[int]) -> None:
+        weights = [self.pool.expert(slot) for slot in slots]
+        found = expert_mlps([self.inputs[key.expert] for key in keys], weights)
+        self.rows.update((key.expert, outputs) for key, outputs in zip(keys, found, strict=True))
+
+    def in_place(self, key: ExpertKey, gate_up: Tensor, down: Tensor) -> None:
+        self.rows[key.expert] = expert_mlp(self.inputs[key.expert], gate_up, down)
+
+    def finish(self) -> Tensor:
+        return self.work.combine(self.rows, self.weights)
+
+
+class TorchExperts(ExpertCompute):
+    """Experts on the CPU, out of slots in RAM."""
+
+    def __init__(self, pool: SlotPool):
+        self.pool, self.device = pool, torch.device("cpu")
+
+    def begin(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, work: Dispatch) -> LayerCompute:
+        return TorchLayer(self.pool, hidden, topk_weights, work)

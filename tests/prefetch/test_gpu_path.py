@@ -1,0 +1,113 @@
+"""The GPU's path from end to end without a GPU: kernels in Triton's interpreter, copies through a stand-in for the driver.
+
+All else is what runs on a GPU: worker threads, pinned memory, fences, tables, launches, runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from predictors.gate_reuse import GateReuse
+from prefetch.accounting import violations
+from prefetch.cache.none import NoCache
+from prefetch.cache.resident import Resident
+from prefetch.compute.kernel_experts import KernelExperts
+from prefetch.errors import TransferError
+from prefetch.planner.cpu_fallback import CpuFallback
+from prefetch.planner.top_m import TopM
+from tests.prefetch.offloaded import PROMPTS, Setting, decode, offloaded, plain
+from tests.prefetch.transfers.stand_in_driver import StandInDriver
+
+SETTINGS: dict[str, Callable[[], Setting]] = {
+    "resident": lambda: Setting(Resident(24), n_slots=24, staging=0, transient=0),
+    "slru": lambda: Setting(),
+    "gate reuse": lambda: Setting(predictor=GateReuse()),
+    "two transients": lambda: Setting(NoCache(0), n_slots=2, staging=0, transient=2),
+    "zero-copy": lambda: Setting(planner=CpuFallback(TopM()), zero_copy=True),
+    "zero-copy when busy": lambda: Setting(predictor=GateReuse(), planner=CpuFallback(TopM(), link_experts=1), zero_copy=True),
+}
+PROMPT, NEW_TOKENS = PROMPTS[:1], 6
+
+
+@pytest.fixture(scope="module")
+def pack_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("packs")
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> StandInDriver:
+    return StandInDriver(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def resident_logits(tiny_qwen3: Path, pack_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    setting = SETTINGS["resident"]()
+    setting.driver = StandInDriver(tmp_path_factory.mktemp("resident"))
+    with offloaded(tiny_qwen3, pack_dir, setting) as (model, _):
+        return decode(model, PROMPT, NEW_TOKENS)[1]
+
+
+def test_tokens_equal_unmodified_transformers(tiny_qwen3: Path, resident_logits: torch.Tensor) -> None:
+    expected_tokens, expected_logits = decode(plain(tiny_qwen3), PROMPT, NEW_TOKENS)
+    assert torch.equal(resident_logits.argmax(-1), expected_tokens)
+    torch.testing.assert_close(resident_logits, expected_logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_logits_have_the_same_bits_whatever_the_parts(
+    name: str, tiny_qwen3: Path, pack_dir: Path, driver: StandInDriver, resident_logits: torch.Tensor
+) -> None:
+    setting = SETTINGS[name]()
+    setting.driver = driver
+    with offloaded(tiny_qwen3, pack_dir, setting) as (model, runtime):
+        _, logits = decode(model, PROMPT, NEW_TOKENS)
+        runtime.finish()
+        record = runtime.recorder.record(runtime.tier.records)
+    assert torch.equal(logits, resident_logits)
+    assert violations(record, moved_bytes=driver.read("n_copied")) == []
+    assert (record.calls["in_place"].sum() > 0) == ("zero-copy" in name)
+
+
+def test_experts_that_the_cpu_computes_are_added_on_the_device(
+    tiny_qwen3: Path, pack_dir: Path, driver: StandInDriver, resident_logits: torch.Tensor
+) -> None:
+    setting = Setting(predictor=GateReuse(), planner=CpuFallback(TopM(), link_experts=1), driver=driver)
+    with offloaded(tiny_qwen3, pack_dir, setting) as (model, runtime):
+        tokens, logits = decode(model, PROMPT, NEW_TOKENS)
+        runtime.finish()
+        record = runtime.recorder.record(runtime.tier.records)
+    assert torch.equal(tokens, resident_logits.argmax(-1))
+    torch.testing.assert_close(logits, resident_logits, rtol=1e-5, atol=1e-5)
+    assert record.calls["in_place"].sum() > 0 and violations(record) == []
+
+
+def test_every_released_slot_is_fenced(tiny_qwen3: Path, pack_dir: Path, driver: StandInDriver) -> None:
+    with offloaded(tiny_qwen3, pack_dir, Setting(driver=driver)) as (model, runtime):
+        released: list[int] = []
+        pool = runtime.tier.pool
+        release = pool.release
+        pool.release = lambda slot: (released.append(slot), release(slot))[1]  # type: ignore[method-assign]
+        decode(model, PROMPT, NEW_TOKENS)
+    assert len(released) > 0 and driver.read("clock_of_compute") == len(released)
+    assert driver.read("n_waits") > 0
+
+
+def test_a_failed_copy_surfaces_at_its_layer(tiny_qwen3: Path, pack_dir: Path, driver: StandInDriver) -> None:
+    driver.fail_copy(5)
+    with offloaded(tiny_qwen3, pack_dir, Setting(driver=driver)) as (model, _):
+        with pytest.raises(TransferError, match=r"expert \d+ of MoE layer \d+ could not be loaded.*illegal memory access"):
+            decode(model, PROMPT, NEW_TOKENS)
+
+
+def test_an_expert_that_was_not_there_is_noticed(tiny_qwen3: Path, pack_dir: Path, driver: StandInDriver) -> None:
+    with offloaded(tiny_qwen3, pack_dir, Setting(driver=driver)) as (_, runtime):
+        compute = runtime.compute
+        assert isinstance(compute, KernelExperts)
+        compute.missed.fill_(1)
+        with pytest.raises(TransferError, match="in no slot"):
+            compute.check()
+        compute.missed.zero_()
