@@ -51,7 +51,9 @@ class LookUp:
     hits: list[ExpertKey] = field(default_factory=list)  # in a slot, fully arrived
     late: list[Demand] = field(default_factory=list)  # its prefetch is under way
     misses: list[Demand] = field(default_factory=list)
-    in_place: list[ExpertKey] = field(default_factory=list)  # misses computed where they lie: by the CPU, or by a GPU across the link
+    in_place: list[ExpertKey] = field(
+        default_factory=list
+    )  # misses computed where they lie: by the CPU, or by a GPU across the link
     transient_hits: list[ExpertKey] = field(default_factory=list)  # hits (prefetched) that the policy declined
 
 

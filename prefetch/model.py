@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from predictors.base import ModelView, PreGateView
 from prefetch.checkpoint import Checkpoint
+from prefetch.device_runtime import DeviceRuntime
 from prefetch.errors import CheckpointError, UnsupportedModelError
 from prefetch.families import Family, family_of, moe_layer_indices
 from prefetch.geometry import MoEGeometry
@@ -30,6 +31,7 @@ from prefetch.pre_gated_routing import route_by
 from prefetch.runtime import OffloadRuntime
 
 CPU = torch.device("cpu")
+R = TypeVar("R", OffloadRuntime, DeviceRuntime)
 IMPLEMENTATION = "gatecast"  # the name under which our experts forward is registered with transformers
 
 
@@ -68,8 +70,8 @@ def load_whole(folder: Path, dtype: torch.dtype, device: torch.device | str = "c
 
 
 @contextmanager
-def attach(model: PreTrainedModel, runtime: OffloadRuntime) -> Iterator[OffloadRuntime]:
-    """Let `runtime` serve the MoE layers of `model` for the length of a `with` block."""
+def attach(model: PreTrainedModel, runtime: R) -> Iterator[R]:
+    """Let `runtime`, driven by the host or by the device, serve the MoE layers of `model` for the length of a `with` block."""
     family = family_of(model.config)
     blocks = moe_blocks(model, family)
     runtime.bind(model_view(model, family, runtime.geometry, runtime.predicts_on))
@@ -206,7 +208,7 @@ def _experts_forward(experts: Any, hidden: Tensor, topk_ids: Tensor, topk_weight
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
 
 
-def _begin(runtime: OffloadRuntime) -> Callable:
+def _begin(runtime: OffloadRuntime | DeviceRuntime) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
         token_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         cache = kwargs.get("past_key_values")
@@ -215,21 +217,21 @@ def _begin(runtime: OffloadRuntime) -> Callable:
     return hook
 
 
-def _end(runtime: OffloadRuntime) -> Callable:
+def _end(runtime: OffloadRuntime | DeviceRuntime) -> Callable:
     def hook(module: nn.Module, args: tuple, output: Any) -> None:
         runtime.end_forward()
 
     return hook
 
 
-def _capture_residual(runtime: OffloadRuntime) -> Callable:
+def _capture_residual(runtime: OffloadRuntime | DeviceRuntime) -> Callable:
     def hook(norm: nn.Module, args: tuple) -> None:
         runtime.residual = args[0].reshape(-1, args[0].shape[-1])
 
     return hook
 
 
-def _before_attention(runtime: OffloadRuntime, layer: int) -> Callable:
+def _before_attention(runtime: OffloadRuntime | DeviceRuntime, layer: int) -> Callable:
     def hook(norm: nn.Module, args: tuple, output: Tensor) -> None:
         runtime.before_attention(layer, output.reshape(-1, output.shape[-1]))
 

@@ -1,0 +1,159 @@
+"""The device-driven runtime: a layer call that never asks the host, so that a decode step can be one CUDA graph.
+
+    predict -> cache_plan -> gather_rows(demand) -> moe_mlp
+                    \\-> gather_rows(prefetch), on a stream of its own, until the next layer's call
+
+The books are on the device (`kernels.device_cache`), their rules those of the host's fast tier; what to copy is read there too.
+The host-driven runtime (`prefetch.runtime`) moves bytes faster, by the copy engine, and pays a round trip a layer for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from kernels.cache_plan import cache_plan
+from kernels.device_cache import CachePlan, Counter, DeviceCache
+from kernels.gather_rows import gather_rows
+from kernels.moe_call import MoECall
+from kernels.moe_mlp import moe_mlp
+from kernels.slot_table import ExpertTable, addresses_of
+from predictors.base import LayerView, ModelView, Prediction, Predictor
+from predictors.lookahead import layers_ahead
+from predictors.none import NoPredictor
+from prefetch.errors import ConfigError, TransferError
+from prefetch.geometry import MoEGeometry
+
+
+class DeviceRuntime:
+    """Serves the MoE layers of one model. `prefetch.model.attach` takes it like the host-driven runtime.
+
+    A call with more (token, expert) pairs than `spare` slots, such as a prefill, reads its experts in place, across the link, and
+    leaves the cache alone.
+
+    Args:
+        geometry: sizes of the routed part of the model.
+        slots: uint8 [capacity + staging + spare, row_bytes], on the device.
+        host_rows: uint8 [L * E, row_bytes], every expert's row in pinned host memory, layer by layer.
+        cache: the books over `slots`, empty, with at least one transient slot for each pair of a decode step.
+        predictor: one that computes on the device (`on_device`), or none.
+        n_guesses: experts to prefetch for each predicted layer; None = the model's top-k.
+        n_programs: of the copying kernels.
+
+    Raises:
+        ConfigError: the predictor needs the host.
+    """
+
+    def __init__(
+        self,
+        geometry: MoEGeometry,
+        slots: Tensor,
+        host_rows: Tensor,
+        cache: DeviceCache,
+        predictor: Predictor,
+        *,
+        n_guesses: int | None = None,
+        n_programs: int = 16,
+    ):
+        if not (predictor.on_device or isinstance(predictor, NoPredictor)) or predictor.before_attention:
+            raise ConfigError(
+                f"predictor={predictor.name or type(predictor).__name__} asks the host, and a device-driven run must not: choose one "
+                "that computes on the device after the router, such as gate_reuse"
+            )
+        self.geometry, self.predictor, self.cache = geometry, predictor, cache
+        self.slots, self.row_of = slots, addresses_of(host_rows).view(geometry.n_layers, geometry.n_experts).to(slots.device)
+        self.n_guesses, self.n_programs = n_guesses or geometry.top_k, n_programs
+        self.predicts_on = slots.device
+        self.spare = cache.n_slots - cache.capacity - cache.staging
+        self.in_slots = ExpertTable(geometry.expert, (slots,), cache.slot_of)
+        self.in_place = ExpertTable(geometry.expert, (host_rows,), self.row_of)
+        self.missed = torch.zeros(1, dtype=torch.int32, device=slots.device)
+        self.prefetching = torch.cuda.Stream(slots.device) if slots.is_cuda else None
+        self.prefetched: CachePlan | None = None  # in use on that stream: its memory must not be given to others
+        self.sequence, self.step = -1, 0
+        self.residual: Tensor | None = None
+        self.pre_attention: Tensor | None = None
+
+    def bind(self, model: ModelView) -> None:
+        """Tell the predictor about the model."""
+        self.predictor.bind(model)
+
+    def begin_forward(self, token_ids: Tensor, *, new_sequence: bool) -> None:
+        """A forward pass over `token_ids` [T] begins."""
+        self.sequence, self.step = (self.sequence + 1, 0) if new_sequence else (self.sequence, self.step + 1)
+        self.token_ids = token_ids
+        if new_sequence:
+            self.predictor.start_sequence()
+
+    def end_forward(self) -> None:
+        """The forward pass is over: all of its work is on the current stream again, as the end of a graph's capture requires."""
+        self._await_prefetches()
+
+    def before_attention(self, layer: int, pre_attention: Tensor) -> None:
+        """What MoE layer `layer` is about to attend with, [T, H]."""
+        self.pre_attention = pre_attention
+
+    def layer_call(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """The MoE layer's output [T, H] from the router's input [T, H] and choice [T, k]; enqueued, and nothing waited for."""
+        if topk_ids.numel() > self.spare:
+            return moe_mlp(MoECall(hidden, topk_ids, topk_weights, self.in_place, layer), missed=self.missed)
+        seen = LayerView(
+            layer, self.step, self.sequence, hidden, self.residual, topk_ids, topk_weights, self.token_ids, self.pre_attention
+        )
+        return self.planned_call(layer, hidden, topk_ids, topk_weights, self._guesses(layer, self.predictor.predict(seen)))
+
+    def planned_call(
+        self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, guesses: Tensor | None
+    ) -> Tensor:
+        """A call through the cache, given what to prefetch.
+
+        Args:
+            guesses: integer [D, M], row d - 1 for layer `layer` + d, likeliest first, -1 for none; None prefetches nothing.
+        """
+        plan = CachePlan.empty(topk_ids, 0 if guesses is None else guesses.numel())
+        cache_plan(self.cache, layer, topk_ids, guesses, plan)
+        self._await_prefetches()  # they may be for this layer, or their slots may be wanted now
+        gather_rows(self.slots, self.row_of, plan, "demand", self.n_programs)
+        if guesses is not None:
+            self.prefetched = plan
+            with self._beside():
+                gather_rows(self.slots, self.row_of, plan, "prefetch", self.n_programs)
+        return moe_mlp(MoECall(hidden, topk_ids, topk_weights, self.in_slots, layer), missed=self.missed)
+
+    def counts(self) -> dict[str, int]:
+        """Experts by what became of them, over all planned calls; waits for the device.
+
+        Raises:
+            TransferError: a kernel was given an expert that was not there, and computed zeros.
+        """
+        if int(self.missed):
+            raise TransferError("a kernel needed an expert that was in no slot, and computed zeros: please report it")
+        return {counter.name.lower(): int(count) for counter, count in zip(Counter, self.cache.counters.tolist(), strict=True)}
+
+    def _guesses(self, layer: int, predictions: list[Prediction]) -> Tensor | None:
+        """The likeliest experts of each predicted layer, int64 [D, M]: over several tokens, by their highest score."""
+        if not predictions:
+            return None
+        ahead = {layers_ahead(layer, p.layer, n_layers=self.geometry.n_layers): p for p in predictions}
+        nobody = torch.full((self.n_guesses,), -1, dtype=torch.int64, device=self.slots.device)
+        best = {d: p.scores.amax(0).topk(self.n_guesses) for d, p in ahead.items()}
+        chosen = {d: torch.where(top.values.isneginf(), -1, top.indices) for d, top in best.items()}
+        return torch.stack([chosen.get(d, nobody) for d in range(1, max(ahead) + 1)])
+
+    def _await_prefetches(self) -> None:
+        if self.prefetching is not None:
+            torch.cuda.current_stream(self.slots.device).wait_stream(self.prefetching)
+        self.prefetched = None
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """On the prefetches' stream, after everything enqueued so far: the slots' last readers among it."""
+        if self.prefetching is None:
+            yield
+            return
+        self.prefetching.wait_stream(torch.cuda.current_stream(self.slots.device))
+        with torch.cuda.stream(self.prefetching):
+            yield
