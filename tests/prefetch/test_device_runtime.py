@@ -77,11 +77,11 @@ def test_tokens_equal_unmodified_transformers(predictor: Predictor, tiny_qwen3: 
     assert (counts["prefetches"] > 0) == (not isinstance(predictor, NoPredictor))
 
 
-@pytest.mark.parametrize("policy", [Lru(12), Slru(12)], ids=["lru", "slru"])
+@pytest.mark.parametrize("policy", [Lru(12), Slru(20)], ids=["lru", "slru"])
 def test_hits_are_those_of_the_hosts_cache(policy: CachePolicy, tiny_qwen3: Path, pack_dir: Path) -> None:
-    protected = slru_protected(12) if isinstance(policy, Slru) else 0
+    protected = slru_protected(policy.capacity) if isinstance(policy, Slru) else 0
     events: list[list[ExpertKey]] = []
-    with device_driven(tiny_qwen3, pack_dir, NoPredictor(), capacity=12, protected=protected) as (model, runtime):
+    with device_driven(tiny_qwen3, pack_dir, NoPredictor(), capacity=policy.capacity, protected=protected) as (model, runtime):
         planned_call = runtime.planned_call
 
         def noted(layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, guesses: Tensor | None) -> Tensor:
