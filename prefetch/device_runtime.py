@@ -20,7 +20,7 @@ from kernels.device_cache import CachePlan, Counter, DeviceCache
 from kernels.gather_rows import gather_rows
 from kernels.moe_call import MoECall
 from kernels.moe_mlp import moe_mlp
-from kernels.slot_table import ExpertTable, addresses_of
+from kernels.slot_table import ExpertTable
 from predictors.base import LayerView, ModelView, Prediction, Predictor
 from predictors.lookahead import layers_ahead
 from predictors.none import NoPredictor
@@ -37,7 +37,7 @@ class DeviceRuntime:
     Args:
         geometry: sizes of the routed part of the model.
         slots: uint8 [capacity + staging + spare, row_bytes], on the device.
-        host_rows: uint8 [L * E, row_bytes], every expert's row in pinned host memory, layer by layer.
+        backing: where every expert's row is in pinned host memory, by address; on the device.
         cache: the books over `slots`, empty, with at least one transient slot for each pair of a decode step.
         predictor: one that computes on the device (`on_device`), or none.
         n_guesses: experts to prefetch for each predicted layer; None = the model's top-k.
@@ -51,7 +51,7 @@ class DeviceRuntime:
         self,
         geometry: MoEGeometry,
         slots: Tensor,
-        host_rows: Tensor,
+        backing: ExpertTable,
         cache: DeviceCache,
         predictor: Predictor,
         *,
@@ -64,12 +64,11 @@ class DeviceRuntime:
                 "that computes on the device after the router, such as gate_reuse"
             )
         self.geometry, self.predictor, self.cache = geometry, predictor, cache
-        self.slots, self.row_of = slots, addresses_of(host_rows).view(geometry.n_layers, geometry.n_experts).to(slots.device)
+        self.slots, self.in_place = slots, backing
         self.n_guesses, self.n_programs = n_guesses or geometry.top_k, n_programs
         self.predicts_on = slots.device
         self.spare = cache.n_slots - cache.capacity - cache.staging
-        self.in_slots = ExpertTable(geometry.expert, (slots,), cache.slot_of)
-        self.in_place = ExpertTable(geometry.expert, (host_rows,), self.row_of)
+        self.in_slots = type(backing)(backing.geometry, (slots,), cache.slot_of)
         self.missed = torch.zeros(1, dtype=torch.int32, device=slots.device)
         self.prefetching = torch.cuda.Stream(slots.device) if slots.is_cuda else None
         self.prefetched: CachePlan | None = None  # in use on that stream: its memory must not be given to others
@@ -116,11 +115,11 @@ class DeviceRuntime:
         plan = CachePlan.empty(topk_ids, 0 if guesses is None else guesses.numel())
         cache_plan(self.cache, layer, topk_ids, guesses, plan)
         self._await_prefetches()  # they may be for this layer, or their slots may be wanted now
-        gather_rows(self.slots, self.row_of, plan, "demand", self.n_programs)
+        gather_rows(self.slots, self.in_place.entries, plan, "demand", self.n_programs)
         if guesses is not None:
             self.prefetched = plan
             with self._beside():
-                gather_rows(self.slots, self.row_of, plan, "prefetch", self.n_programs)
+                gather_rows(self.slots, self.in_place.entries, plan, "prefetch", self.n_programs)
         return moe_mlp(MoECall(hidden, topk_ids, topk_weights, self.in_slots, layer), missed=self.missed)
 
     def counts(self) -> dict[str, int]:

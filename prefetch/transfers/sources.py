@@ -118,8 +118,12 @@ class HostSource(Source):
     def __init__(self, path: str | Path, offset_of: Callable[[ExpertKey], int], row_bytes: int):
         super().__init__(path, offset_of, row_bytes)
         self.reader = library().read_memory
-        self._bytes = _load(self.path)
+        self._bytes = self.load()
         self.context = self.memory = NativeMemory(self._bytes.ctypes.data, self._bytes.size)
+
+    def load(self) -> np.ndarray:
+        """All bytes of the file, uint8 [file size]."""
+        return _load(self.path)
 
     def row(self, key: ExpertKey) -> memoryview:
         start = self.offset_of(key)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kernels.device_cache import DeviceCache, slru_protected
+from kernels.slot_table import ExpertTable, addresses_of
 from predictors.base import Predictor
 from predictors.gate_reuse import GateReuse
 from predictors.none import NoPredictor
@@ -49,7 +50,8 @@ def device_driven(
     )
     pages = allocate_pages(cache.n_slots * size.expert.row_bytes, "a test")
     slots = torch.frombuffer(pages, dtype=torch.uint8).view(cache.n_slots, -1).fill_(0xFF)
-    runtime = DeviceRuntime(size, slots, host_rows, cache, predictor)
+    backing = ExpertTable(size.expert, (host_rows,), addresses_of(host_rows).view(size.n_layers, size.n_experts))
+    runtime = DeviceRuntime(size, slots, backing, cache, predictor)
     model = load_offloaded(folder, torch.float32)
     with attach(model, runtime):
         yield model, runtime
