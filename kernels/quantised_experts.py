@@ -115,3 +115,10 @@ class QuantisedTable(ExpertTable):
         row = self._row_at(entry) if self.by_address else self.pools[0][entry]
         gate_up, down = self.geometry.parts(row)
         return dequantise(gate_up, self.geometry.how), dequantise(down, self.geometry.how)
+
+
+def table_of(geometry: ExpertGeometry, pools: tuple[Tensor, ...], entries: Tensor) -> ExpertTable:
+    """The kind of table that `geometry` has."""
+    if isinstance(geometry, QuantisedGeometry):
+        return QuantisedTable(geometry, pools, entries)
+    return ExpertTable(geometry, pools, entries)

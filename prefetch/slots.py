@@ -48,9 +48,8 @@ class SlotPool:
         self.n_slots = n_slots
         self.rows = _allocate(n_slots, geometry.expert.row_bytes, torch.device(device))
         self._on_release = on_release
-        self._experts = [
-            row_tensors(row, geometry.expert) for row in self.rows
-        ]  # made once: a layer call must not pay for slicing
+        self._geometry = geometry.expert
+        self._experts: list[tuple[Tensor, Tensor] | None] = [None] * n_slots
         self.slot_of = torch.full((geometry.n_layers, geometry.n_experts), -1, dtype=torch.int32)
         self._table = self.slot_of.numpy()  # the same memory; reading one entry costs a tenth of torch's time
         self._table_rows = [memoryview(row) for row in self._table]
@@ -111,7 +110,10 @@ class SlotPool:
 
     def expert(self, slot: int) -> tuple[Tensor, Tensor]:
         """Views into the slot: gate_up [2I, H] (gate rows, then up rows) and down [H, I]."""
-        return self._experts[slot]
+        found = self._experts[slot]
+        if found is None:  # made once: a layer call must not pay for slicing
+            found = self._experts[slot] = row_tensors(self.rows[slot], self._geometry)
+        return found
 
 
 def parse_slots(spec: int | float | str, geometry: MoEGeometry) -> int:
