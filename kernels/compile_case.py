@@ -10,6 +10,8 @@ import torch
 from kernels.gated_activation import CLAMPED_SWIGLU, SWIGLU, GatedActivation
 from kernels.launch import Launch
 from kernels.moe_call import MoECall
+from kernels.quantised import QuantFormat
+from kernels.quantised_experts import QuantisedGeometry, QuantisedTable
 from kernels.slot_table import ExpertTable
 from prefetch.geometry import ExpertGeometry
 
@@ -72,20 +74,37 @@ def model_calls(tokens: tuple[int, ...]) -> Iterator[tuple[str, MoECall]]:
     yield f"{first} T={tokens[0]} bf16 by address", meta_call(shape, tokens[0], torch.bfloat16, by_address=True)
 
 
-def meta_call(shape: ModelShape, n_tokens: int, dtype: torch.dtype, by_address: bool = False) -> MoECall:
-    """A call without memory: as many slots as the layer has experts."""
-    geometry = ExpertGeometry(shape.hidden, shape.intermediate, dtype)
+def quantised_calls(tokens: tuple[int, ...]) -> Iterator[tuple[str, MoECall]]:
+    """A name and a call of meta tensors in bf16 for every number of tokens and kind of code, without and with biases."""
+    formats = [QuantFormat("int8", 64), QuantFormat("int4", 64), QuantFormat("fp8"), QuantFormat("mxfp4", 32)]
+    cases = {"Qwen3-30B-A3B": [*formats, QuantFormat("int4", 128)], "gpt-oss-20b": formats}
+    for n_tokens in tokens:
+        for model, allowed in cases.items():
+            for how in allowed:
+                yield f"{model} T={n_tokens} bf16 {how}", meta_call(MODELS[model], n_tokens, torch.bfloat16, how=how)
+
+
+def meta_call(
+    shape: ModelShape, n_tokens: int, dtype: torch.dtype, by_address: bool = False, how: QuantFormat | None = None
+) -> MoECall:
+    """A call without memory: as many slots as the layer has experts, quantised where `how` says so."""
 
     def meta(*sizes: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(sizes, dtype=kind, device="meta")
 
-    pool = meta(shape.n_experts, geometry.row_bytes, kind=torch.uint8)
     entries = meta(1, shape.n_experts, kind=torch.int64 if by_address else torch.int32)
+    table: ExpertTable
+    if how is None:
+        plain = ExpertGeometry(shape.hidden, shape.intermediate, dtype)
+        table = ExpertTable(plain, (meta(shape.n_experts, plain.row_bytes, kind=torch.uint8),), entries)
+    else:
+        coded = QuantisedGeometry(shape.hidden, shape.intermediate, dtype, how=how)
+        table = QuantisedTable(coded, (meta(shape.n_experts, coded.row_bytes, kind=torch.uint8),), entries)
     return MoECall(
         x=meta(n_tokens, shape.hidden),
         ids=meta(n_tokens, shape.top_k, kind=torch.int32),
         weights=meta(n_tokens, shape.top_k, kind=torch.float32),
-        table=ExpertTable(geometry, (pool,), entries),
+        table=table,
         layer=0,
         activation=shape.activation,
         gate_up_bias=meta(shape.n_experts, 2 * shape.intermediate) if shape.biases else None,

@@ -17,18 +17,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.compile_case import MODELS, SHORT_NAMES, CompileCase, Expectations, ModelShape
+from kernels.codes_in_registers import FP8, INT4, INT8, KINDS, MXFP4, e4m3, group_scales, nibble
+from kernels.compile_case import CompileCase, Expectations, meta_outputs, quantised_calls
 from kernels.decode_mlp import MAX_PAIRS
 from kernels.gated_activation import gated_activation
 from kernels.launch import Launch, check_launchable
 from kernels.moe_call import MoECall
 from kernels.quantised import QuantFormat
-from kernels.quantised_experts import QuantisedGeometry, QuantisedTable
+from kernels.quantised_experts import QuantisedTable
 from kernels.slot_table import expert_rows
 from prefetch.errors import KernelInputError
 
-INT8, INT4, FP8, MXFP4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-KINDS = {"int8": INT8.value, "int4": INT4.value, "fp8": FP8.value, "mxfp4": MXFP4.value}
 ROW_GROUP_BYTES = 16  # codes of a tile's group where one scale serves the whole row: one load
 TILE_BYTES = 8192  # codes of each matrix in flight: 4 loads of 16 bytes a thread
 LONGEST_TILE_BYTES = 1024  # of one row: long tiles share each piece of x among several rows
@@ -118,31 +117,10 @@ def compile_cases() -> list[CompileCase]:
     """For the ahead-of-time compiler: every kind of code, with and without biases. Launches for more tokens are the same programs."""
     expect = Expectations(max_registers=176, wide_loads=True)  # 2 programs a multiprocessor then have 32 KB in flight
     return [
-        CompileCase(f"{model} T=1 {SHORT_NAMES[torch.bfloat16]} {how}", launch, expect)
-        for model in ("Qwen3-30B-A3B", "gpt-oss-20b")
-        for how in (QuantFormat("int8", 64), QuantFormat("int4", 64), QuantFormat("fp8"), QuantFormat("mxfp4", 32))
-        for launch in _meta_launches(MODELS[model], how)
+        CompileCase(name, launch, expect)
+        for name, call in quantised_calls(tokens=(1,))
+        for launch in quantised_launches(call, *meta_outputs(call))
     ]
-
-
-def _meta_launches(shape: ModelShape, how: QuantFormat) -> tuple[Launch, Launch]:
-    geometry = QuantisedGeometry(shape.hidden, shape.intermediate, torch.bfloat16, how=how)
-
-    def meta(*sizes: int, kind: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(sizes, dtype=kind, device="meta")
-
-    entries = meta(1, shape.n_experts, kind=torch.int32)
-    call = MoECall(
-        x=meta(1, shape.hidden),
-        ids=meta(1, shape.top_k, kind=torch.int32),
-        weights=meta(1, shape.top_k, kind=torch.float32),
-        table=QuantisedTable(geometry, (meta(shape.n_experts, geometry.row_bytes, kind=torch.uint8),), entries),
-        layer=0,
-        activation=shape.activation,
-        gate_up_bias=meta(shape.n_experts, 2 * shape.intermediate) if shape.biases else None,
-        down_bias=meta(shape.n_experts, shape.hidden) if shape.biases else None,
-    )
-    return quantised_launches(call, meta(1, shape.hidden), meta(1, kind=torch.int32))
 
 
 @triton.jit
@@ -249,22 +227,16 @@ def _group_sums(  # type: ignore[no-untyped-def]
     code_ptrs = codes_ptr + row[:, None, None] * row_bytes + at[None, :, :]
     codes = tl.load(code_ptrs, mask=inside, other=0, eviction_policy="evict_first")
     if KIND == FP8:
-        return tl.sum(_e4m3(codes) * low[None, :, :], axis=2)
+        return tl.sum(e4m3(codes) * low[None, :, :], axis=2)
     else:
         if KIND == INT8:
             products = codes.to(tl.int8, bitcast=True).to(tl.float32) * low[None, :, :]
         else:
-            products = _nibble(codes & 15, KIND) * low[None, :, :] + _nibble(codes >> 4, KIND) * high[None, :, :]
+            products = nibble(codes & 15, KIND) * low[None, :, :] + nibble(codes >> 4, KIND) * high[None, :, :]
         group = first // BYTES + group
         scale_inside = row_inside[:, None] & (group < N_SCALES)[None, :]
         scale_at = row[:, None] * N_SCALES + group[None, :]
-        if KIND == MXFP4:
-            exponents = tl.load(scales_ptr + scale_at, mask=scale_inside, other=0).to(tl.int32)
-            scales = tl.where(exponents == 0, 0x400000, exponents << 23).to(tl.float32, bitcast=True)
-        else:
-            scale_ptrs = scales_ptr.to(tl.pointer_type(tl.float16)) + scale_at
-            scales = tl.load(scale_ptrs, mask=scale_inside, other=0).to(tl.float32)
-        return tl.sum(products, axis=2) * scales
+        return tl.sum(products, axis=2) * group_scales(scales_ptr, scale_at, scale_inside, KIND)
 
 
 @triton.jit
@@ -274,20 +246,3 @@ def _row_sums(groups, scales_ptr, row, row_inside, KIND: tl.constexpr):  # type:
     if KIND == FP8:
         sums *= tl.load(scales_ptr.to(tl.pointer_type(tl.float32)) + row, mask=row_inside, other=0)
     return sums
-
-
-@triton.jit
-def _nibble(code, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The number that a uint8 code below 16 stands for. e2m1's bits, placed in fp16, read 2^14 too small, subnormals too."""
-    if KIND == INT4:
-        return ((code ^ 8).to(tl.int32) - 8).to(tl.float32)
-    else:
-        bits = code.to(tl.int16)
-        return (((bits & 8) << 12) | ((bits & 7) << 9)).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
-
-
-@triton.jit
-def _e4m3(code):  # type: ignore[no-untyped-def]
-    """The number that a uint8 code stands for, on GPUs that lack the type too: its bits, placed in fp16, read 2^8 too small."""
-    bits = code.to(tl.int16)
-    return (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0

@@ -10,26 +10,33 @@ Four launches, sizes on the device only, no atomics:
 Bytes: 3 * H * I weights for each expert touched and, of an expert with more tokens than a tile, again from L2 for each further
 tile; pairs * (2 H + 2 I) activations. FLOPs: 6 * H * I per pair; rows that only fill a tile up cost time on tensor cores that
 wait for memory anyway below about 180 tokens an expert (790 TFLOP/s over 4.3 TB/s).
+
+Experts of a `QuantisedTable` are read as codes and dequantised in registers: bits / 16 of those weights, and a conversion a weight and tile.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.compile_case import CompileCase, Expectations, meta_outputs, model_calls
+from kernels.codes_in_registers import KINDS, multiply_codes
+from kernels.compile_case import CompileCase, Expectations, meta_outputs, model_calls, quantised_calls
 from kernels.gated_activation import gated_activation
 from kernels.launch import Launch, check_launchable
 from kernels.moe_call import MoECall
 from kernels.pair_groups import PairGroups, group_launch
+from kernels.quantised import QuantFormat
+from kernels.quantised_experts import QuantisedTable
 from kernels.slot_table import expert_rows
 
 COMBINE_COLUMNS = 1024
 TILES_IN_A_ROW = 8  # tiles that take turns on one block of weights while it is in L2
+
+Arguments = dict[str, Tensor | int | float | bool | None]  # of a launch, by name
 
 
 @dataclass(frozen=True)
@@ -55,16 +62,29 @@ def grouped_tiles(n_pairs: int, n_experts: int, dtype: torch.dtype) -> GroupedTi
     return GroupedTiles(rows, largest, depth=1024 // rows if exact else 64, num_warps=8 if rows == largest else 4, num_stages=3)
 
 
+def quantised_tiles(n_pairs: int, n_experts: int, dtype: torch.dtype, how: QuantFormat) -> GroupedTiles:
+    """The same rows, and a depth of whole groups; in fp32 smaller, since every thread converts what it multiplies.
+
+    Where tiles are small, 64 bytes of codes a column: with fewer, a thread of gfx942 has no 16 bytes to load.
+    """
+    plain = grouped_tiles(n_pairs, n_experts, dtype)
+    if dtype == torch.float32:
+        return replace(plain, rows=min(plain.rows, 32), columns=32, depth=how.group or 32, num_warps=4, num_stages=1)
+    if how.group == 128:
+        return replace(plain, columns=64, depth=128, num_stages=2)
+    return replace(plain, depth=512 // how.bits if plain.rows == 16 else 64)
+
+
 def grouped_mlp(call: MoECall, out: Tensor | None = None, missed: Tensor | None = None) -> Tensor:
     """The expert part of one MoE layer for many tokens.
 
     Args:
-        call: what to compute.
+        call: what to compute; its experts may be quantised.
         out: [T, H] for the result, like `call.x`; by default new memory.
         missed: int32 [1], set to 1 where a token needs an absent expert, else left alone. By default nobody is told.
 
     Returns:
-        `out`.
+        `out`; `moe_mlp_reference` is the reference.
 
     Raises:
         KernelInputError: `out` or `missed` do not fit, or this machine cannot run the kernels; nothing has been launched then.
@@ -93,11 +113,10 @@ def empty_rows(call: MoECall) -> Tensor:
 def rows_launches(call: MoECall, rows: Tensor, missed: Tensor) -> tuple[Launch, Launch, Launch]:
     """Write the rows of `rows` [T * k, H] whose pairs have a known id, zeros where its expert is absent; leave the others alone."""
     size, table = call.table.geometry, call.table
-    tiles = grouped_tiles(call.n_pairs, table.n_experts, size.dtype)
+    tiles, gate_up_codes, down_codes = _reading(call)
     groups = PairGroups.empty(call.ids, table.n_experts, tiles.rows)
     y = call.x.new_empty(call.n_pairs, size.intermediate)
-    common = {
-        **table.arguments(call.layer),
+    common: Arguments = {
         "order_ptr": groups.order,
         "tiles_ptr": groups.tiles,
         "n_tiles_ptr": groups.n_tiles,
@@ -114,6 +133,7 @@ def rows_launches(call: MoECall, rows: Tensor, missed: Tensor) -> tuple[Launch, 
         (groups.max_tiles * triton.cdiv(2 * size.intermediate, tiles.columns),),
         {
             **common,
+            **gate_up_codes,
             **call.activation.constants,
             "x_ptr": call.x,
             "bias_ptr": call.gate_up_bias,
@@ -130,16 +150,34 @@ def rows_launches(call: MoECall, rows: Tensor, missed: Tensor) -> tuple[Launch, 
         (groups.max_tiles * triton.cdiv(size.hidden, tiles.columns),),
         {
             **common,
+            **down_codes,
             "y_ptr": y,
             "bias_ptr": call.down_bias,
             "rows_ptr": rows,
             "width": size.intermediate,
-            "DOWN_OFFSET": size.down_offset // size.dtype.itemsize,
         },
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
     return group_launch(call.ids, table.n_experts, groups), gate_up, down
+
+
+def _reading(call: MoECall) -> tuple[GroupedTiles, Arguments, Arguments]:
+    """Block sizes, and what gate-up's and down's kernel must know to find and read the experts' weights."""
+    table, size = call.table, call.table.geometry
+    if not isinstance(table, QuantisedTable):
+        found: Arguments = {**table.arguments(call.layer), "KIND": None, "GROUP": None, "SCALES_OFFSET": None}
+        tiles = grouped_tiles(call.n_pairs, table.n_experts, size.dtype)
+        return tiles, found, {**found, "DOWN_OFFSET": size.down_offset // size.dtype.itemsize}
+    coded = table.geometry
+    tiles = quantised_tiles(call.n_pairs, table.n_experts, size.dtype, coded.how)
+    found = {
+        **table.quantised_arguments(call.layer),
+        "KIND": KINDS[coded.how.kind],
+        "GROUP": coded.how.group or tiles.depth,
+        "SCALES_OFFSET": coded.gate_up_scales_offset,
+    }
+    return tiles, found, {**found, "DOWN_OFFSET": coded.down_offset, "SCALES_OFFSET": coded.down_scales_offset}
 
 
 def combine_launch(call: MoECall, rows: Tensor, out: Tensor, missed: Tensor) -> Launch:
@@ -166,7 +204,7 @@ def combine_launch(call: MoECall, rows: Tensor, out: Tensor, missed: Tensor) -> 
 def compile_cases() -> list[CompileCase]:
     """For the ahead-of-time compiler: all four launches at real models' sizes."""
     cases = []
-    for name, call in model_calls(tokens=(8, 64, 512)):
+    for name, call in [*model_calls(tokens=(8, 64, 512)), *quantised_calls(tokens=(8, 512, 2048))]:
         exact = call.x.dtype == torch.float32  # NVIDIA's tensor cores would round fp32 to tf32: "ieee" keeps off them
         multiply = Expectations(max_registers=255, wide_loads=not exact, tensor_cores=not exact)
         expected = (Expectations(), multiply, multiply, Expectations())
@@ -212,6 +250,7 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
     x_ptr, order_ptr, tiles_ptr, n_tiles_ptr, entries_ptr, pool_ptr, bias_ptr, y_ptr, missed_ptr,
     max_tiles, row_stride, n_slots, n_experts, top_k, width,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, BY_ADDRESS: tl.constexpr,
+    KIND: tl.constexpr, GROUP: tl.constexpr, SCALES_OFFSET: tl.constexpr,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, UP_SHIFT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, IN_A_ROW: tl.constexpr,
 ):  # fmt: skip
@@ -231,11 +270,16 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
     half = tl.arange(0, COLUMNS)
     # Columns gate 0, up 0, gate 1, up 1, ...; the last block wraps around instead of masking, its surplus is not stored.
     weight_row = (block * (COLUMNS // 2) + half // 2) % INNER + half % 2 * INNER
-    total = _multiply(
-        x_ptr + token[:, None] * HIDDEN + depth[None, :],
-        weights + weight_row[None, :] * HIDDEN + depth[:, None],
-        tl.where(there, width, 0), HIDDEN, ROWS, COLUMNS, DEPTH,
-    )  # fmt: skip
+    x_ptrs = x_ptr + token[:, None] * HIDDEN + depth[None, :]
+    n_columns = tl.where(there, width, 0)
+    if KIND is None:
+        weight_ptrs = weights + weight_row[None, :] * HIDDEN + depth[:, None]
+        total = _multiply(x_ptrs, weight_ptrs, n_columns, HIDDEN, ROWS, COLUMNS, DEPTH)
+    else:
+        codes_ptr = tl.multiple_of(weights.to(tl.pointer_type(tl.uint8)), 16)
+        total = multiply_codes(
+            x_ptrs, codes_ptr, codes_ptr + SCALES_OFFSET, weight_row, n_columns, HIDDEN, KIND, GROUP, ROWS, COLUMNS, DEPTH
+        )
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + expert.to(tl.int64) * (2 * INNER) + weight_row)
         total += tl.where(there, bias.to(tl.float32), 0.0)[None, :]
@@ -250,7 +294,8 @@ def _gate_up_kernel(  # type: ignore[no-untyped-def]
 def _down_kernel(  # type: ignore[no-untyped-def]
     y_ptr, order_ptr, tiles_ptr, n_tiles_ptr, entries_ptr, pool_ptr, bias_ptr, rows_ptr,
     max_tiles, row_stride, n_slots, n_experts, width,
-    HIDDEN: tl.constexpr, INNER: tl.constexpr, BY_ADDRESS: tl.constexpr, DOWN_OFFSET: tl.constexpr,
+    HIDDEN: tl.constexpr, INNER: tl.constexpr, BY_ADDRESS: tl.constexpr,
+    KIND: tl.constexpr, GROUP: tl.constexpr, SCALES_OFFSET: tl.constexpr, DOWN_OFFSET: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, IN_A_ROW: tl.constexpr,
 ):  # fmt: skip
     """rows for one tile of pairs and COLUMNS columns; zeros where the expert is absent."""
@@ -265,13 +310,20 @@ def _down_kernel(  # type: ignore[no-untyped-def]
 
     depth = tl.arange(0, DEPTH)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
-    total = _multiply(
-        y_ptr + tl.minimum(position, end - 1).to(tl.int64)[:, None] * INNER + depth[None, :],
-        weights + DOWN_OFFSET + (column % HIDDEN)[None, :] * INNER + depth[:, None],
-        tl.where(there, width, 0), INNER, ROWS, COLUMNS, DEPTH,
-    )  # fmt: skip
+    weight_row = column % HIDDEN
+    y_ptrs = y_ptr + tl.minimum(position, end - 1).to(tl.int64)[:, None] * INNER + depth[None, :]
+    n_columns = tl.where(there, width, 0)
+    if KIND is None:
+        weight_ptrs = weights + DOWN_OFFSET + weight_row[None, :] * INNER + depth[:, None]
+        total = _multiply(y_ptrs, weight_ptrs, n_columns, INNER, ROWS, COLUMNS, DEPTH)
+    else:
+        codes_ptr = tl.multiple_of(weights.to(tl.pointer_type(tl.uint8)), 16)
+        total = multiply_codes(
+            y_ptrs, codes_ptr + DOWN_OFFSET, codes_ptr + SCALES_OFFSET, weight_row, n_columns,
+            INNER, KIND, GROUP, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + expert.to(tl.int64) * HIDDEN + column % HIDDEN)
+        bias = tl.load(bias_ptr + expert.to(tl.int64) * HIDDEN + weight_row)
         total += tl.where(there, bias.to(tl.float32), 0.0)[None, :]
     pair = tl.load(order_ptr + position, mask=position < end, other=0).to(tl.int64)
     row_ptrs = rows_ptr + pair[:, None] * HIDDEN + column[None, :]

@@ -11,19 +11,22 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels.decode_mlp import MAX_PAIRS, decode_mlp
+from kernels.decode_quantised import decode_quantised
 from kernels.grouped_mlp import grouped_mlp
 from kernels.moe_call import MoECall
+from kernels.quantised_experts import QuantisedTable
 from prefetch.errors import KernelInputError
 
 GROUPED_ABOVE = 1.3  # pairs per touched expert
 PATHS = {"decode": decode_mlp, "grouped": grouped_mlp}
+QUANTISED_PATHS = {"decode": decode_quantised, "grouped": grouped_mlp}
 
 
 def moe_mlp(call: MoECall, out: Tensor | None = None, missed: Tensor | None = None, path: str = "auto") -> Tensor:
     """The expert part of one MoE layer.
 
     Args:
-        call: what to compute.
+        call: what to compute; its experts may be quantised.
         out: [T, H] for the result, like `call.x`; by default new memory.
         missed: int32 [1], set to 1 where a token needs an absent expert, else left alone. By default nobody is told.
         path: `decode`, `grouped`, or `auto`: by pairs per touched expert.
@@ -38,7 +41,8 @@ def moe_mlp(call: MoECall, out: Tensor | None = None, missed: Tensor | None = No
         path = choose_path(call.n_tokens, call.table.n_experts, call.top_k)
     if path not in PATHS:
         raise KernelInputError(f"path={path!r} is unknown; choose auto, {' or '.join(PATHS)}")
-    return PATHS[path](call, out, missed)
+    paths = QUANTISED_PATHS if isinstance(call.table, QuantisedTable) else PATHS
+    return paths[path](call, out, missed)
 
 
 def choose_path(n_tokens: int, n_experts: int, top_k: int) -> str:

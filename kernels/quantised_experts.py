@@ -2,7 +2,7 @@
 
 A row holds four tensors, each aligned: gate_up codes, gate_up scales, down codes, down scales (`kernels.quantised` has the formats).
 `QuantisedGeometry` is an `ExpertGeometry` with fewer bytes, so stores, slots and transfers move these rows as they move any other.
-Its `dtype` is that of the activations. Kernels for plain experts refuse a `QuantisedTable`.
+Its `dtype` is that of the activations. `grouped_mlp` reads both kinds; `decode_mlp` refuses a `QuantisedTable`.
 """
 
 from __future__ import annotations
@@ -96,12 +96,14 @@ class QuantisedTable(ExpertTable):
         super().__post_init__()
 
     def arguments(self, layer: int) -> dict[str, Tensor | int | float | bool | None]:
-        """What plain kernels ask for: they would misread these rows.
+        """What a launcher asks for that knows plain rows alone: its kernel would misread these.
 
         Raises:
             KernelInputError: always.
         """
-        raise KernelInputError(f"these experts are quantised ({self.geometry.how}): call decode_quantised")
+        raise KernelInputError(
+            f"these experts are quantised ({self.geometry.how}): call decode_quantised, grouped_mlp or moe_mlp"
+        )
 
     def quantised_arguments(self, layer: int) -> dict[str, Tensor | int | float | bool | None]:
         """What a kernel takes that calls `expert_rows` and knows these rows, for one layer."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.moe_call import MoECall, moe_mlp_reference
+from kernels.quantised import QuantFormat
+from kernels.quantised_experts import QuantisedGeometry, QuantisedTable
 from kernels.slot_table import ExpertTable, addresses_of
 from prefetch.geometry import ExpertGeometry
 
 # ||out - reference|| / ||reference|| against float64 arithmetic on the same rounded inputs, whole MLP.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 N_LAYERS = 2
+FORMATS = [QuantFormat(kind, group) for kind in ("int8", "int4") for group in (128, 64, 32)]
+FORMATS += [QuantFormat("fp8"), QuantFormat("mxfp4", 32)]
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,23 @@ def random_call(
         **optional,
     }
     return MoECall(**{**arguments, **changes})
+
+
+def quantised_call(
+    sizes: Sizes, how: QuantFormat, dtype: torch.dtype, seed: int, by_address: bool = False, **options: Any
+) -> MoECall:
+    """A random call whose experts are quantised, in the same slots of one pool that is otherwise all ones."""
+    plain = random_call(sizes, dtype, seed, **options)
+    geometry = QuantisedGeometry(sizes.hidden, sizes.intermediate, dtype, how=how)
+    pool = torch.full((len(plain.table.pools[0]), geometry.row_bytes), 0xFF, dtype=torch.uint8)
+    slots = plain.table.entries
+    for layer in range(N_LAYERS):
+        for expert in range(sizes.n_experts):
+            found = plain.table.expert(layer, expert)
+            if found is not None:
+                geometry.pack(*found, pool[int(slots[layer, expert])])
+    entries = torch.where(slots < 0, 0, addresses_of(pool)[slots.clamp(min=0)]) if by_address else slots
+    return replace(plain, table=QuantisedTable(geometry, (pool,), entries))
 
 
 def poisoned(call: MoECall) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -13,35 +12,14 @@ from hypothesis import strategies as st
 from kernels.decode_mlp import decode_mlp
 from kernels.decode_quantised import decode_quantised
 from kernels.gated_activation import CLAMPED_SWIGLU, SWIGLU
-from kernels.grouped_mlp import grouped_mlp
 from kernels.moe_call import MoECall
 from kernels.quantised import FP4_VALUES, QuantFormat, Quantised, dequantise
 from kernels.quantised_experts import QuantisedGeometry, QuantisedTable
-from kernels.slot_table import addresses_of
 from prefetch.errors import KernelInputError
 from prefetch.geometry import ExpertGeometry
-from tests.kernels.random_moe import N_LAYERS, Sizes, check_result, poisoned, random_call
+from tests.kernels.random_moe import FORMATS, Sizes, check_result, poisoned, quantised_call, random_call
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-FORMATS = [QuantFormat(kind, group) for kind in ("int8", "int4") for group in (128, 64, 32)]
-FORMATS += [QuantFormat("fp8"), QuantFormat("mxfp4", 32)]
-
-
-def quantised_call(
-    sizes: Sizes, how: QuantFormat, dtype: torch.dtype, seed: int, by_address: bool = False, **options: Any
-) -> MoECall:
-    """A random call whose experts are quantised, in the same slots of a pool that is otherwise all ones."""
-    plain = random_call(sizes, dtype, seed, **options)
-    geometry = QuantisedGeometry(sizes.hidden, sizes.intermediate, dtype, how=how)
-    pool = torch.full((len(plain.table.pools[0]), geometry.row_bytes), 0xFF, dtype=torch.uint8)
-    slots = plain.table.entries
-    for layer in range(N_LAYERS):
-        for expert in range(sizes.n_experts):
-            found = plain.table.expert(layer, expert)
-            if found is not None:
-                geometry.pack(*found, pool[int(slots[layer, expert])])
-    entries = torch.where(slots < 0, 0, addresses_of(pool)[slots.clamp(min=0)]) if by_address else slots
-    return replace(plain, table=QuantisedTable(geometry, (pool,), entries))
 
 
 def check(call: MoECall) -> None:
@@ -158,11 +136,10 @@ def test_a_pool_larger_than_32_bits_can_address() -> None:
     check(replace(small, table=QuantisedTable(size, (pool,), torch.tensor([[-1, -1], [0, 1]]).int())))
 
 
-def test_kernels_for_plain_experts_refuse_quantised_ones_and_the_other_way_round() -> None:
+def test_the_plain_decode_kernel_refuses_quantised_experts_and_the_other_way_round() -> None:
     quantised = quantised_call(Sizes(1, 32, 32, 2, 2), QuantFormat("int4", 32), torch.float32, seed=6)
-    for kernel in (decode_mlp, grouped_mlp):
-        with pytest.raises(KernelInputError, match=r"quantised \(int4 per 32\): call decode_quantised"):
-            kernel(quantised)
+    with pytest.raises(KernelInputError, match=r"quantised \(int4 per 32\): call decode_quantised, grouped_mlp or moe_mlp"):
+        decode_mlp(quantised)
     plain = random_call(Sizes(1, 32, 32, 2, 2), torch.float32, seed=6)
     with pytest.raises(KernelInputError, match="needs experts in a QuantisedTable"):
         decode_quantised(plain)
