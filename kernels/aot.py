@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import Pipe, get_context
 from pathlib import Path
 
 import triton
@@ -61,12 +61,12 @@ def compile_all(parts: Sequence[str]) -> tuple[list[Report], list[str]]:
         )
     jobs = [(index, part) for part in parts for index in range(len(distinct_cases()))]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
-        reports = list(pool.map(_compile, *zip(*jobs, strict=True), chunksize=4))
+        found = list(pool.map(_compile, *zip(*jobs, strict=True), chunksize=4))
     cases = distinct_cases()
-    faults = [
-        fault for (index, _), report in zip(jobs, reports, strict=True) for fault in violations(report, cases[index].expect)
-    ]
-    return reports, faults
+    faults = [problem for problem in found if isinstance(problem, str)]
+    for (index, _), report in zip(jobs, found, strict=True):
+        faults += violations(report, cases[index].expect) if isinstance(report, Report) else []
+    return [report for report in found if isinstance(report, Report)], faults
 
 
 @cache
@@ -82,9 +82,28 @@ def distinct_cases() -> list[CompileCase]:
     return list(distinct.values())
 
 
-def _compile(index: int, part: str) -> Report:
-    """In a worker process: launches do not travel, they are built again."""
-    return compile_case(distinct_cases()[index], PARTS[part])
+def _compile(index: int, part: str) -> Report | str:
+    """The report, or why there is none. In a worker process, since launches do not travel: they are built again; and in a child of
+    it, since a compiler that aborts would take the other cases with it."""
+    receiver, sender = Pipe(duplex=False)
+    child = os.fork()
+    if child == 0:
+        try:
+            sender.send(compile_case(distinct_cases()[index], PARTS[part]))
+        except Exception as error:  # whatever a compiler raises
+            sender.send(f"{type(error).__name__}: {error}".splitlines()[0])
+        finally:
+            os._exit(0)
+    sender.close()
+    try:
+        found = receiver.recv()
+    except EOFError:
+        found = "the compiler aborted"
+    os.waitpid(child, 0)
+    if isinstance(found, Report):
+        return found
+    case = distinct_cases()[index]
+    return f"{case.launch.kernel.__module__.removeprefix('kernels.')}.{case.kernel_name} {case.name} {part}: {found}"
 
 
 def table(reports: Sequence[Report]) -> Table:

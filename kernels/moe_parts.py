@@ -14,11 +14,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels.decode_mlp import decode_mlp
 from kernels.grouped_mlp import combine_launch, empty_rows, rows_launches
 from kernels.launch import check_launchable
 from kernels.moe_call import MoECall
-from kernels.moe_mlp import choose_path
+from kernels.moe_mlp import choose_path, moe_mlp
 
 
 class MoEParts:
@@ -62,7 +61,7 @@ class MoEParts:
         ids = call.ids.view(-1, 1).index_select(0, pairs)
         x = call.x.index_select(0, pairs // call.top_k)
         part = replace(call, x=x, ids=ids, weights=torch.ones_like(ids, dtype=torch.float32))
-        self.rows.index_copy_(0, pairs, decode_mlp(part, missed=self.missed))
+        self.rows.index_copy_(0, pairs, moe_mlp(part, missed=self.missed, path="decode"))
 
     def _group(self, pairs: Tensor) -> None:
         """As the whole call without its other pairs: a tile's size must not depend on the part."""
