@@ -26,6 +26,7 @@ class KernelTime:
     touched_bytes: float  # of weights, mean over the sets
     roof_us: float | None
     skipped: str | None = None
+    operation: str = "experts"
 
     @property
     def share_of_roof(self) -> float | None:

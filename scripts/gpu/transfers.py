@@ -9,12 +9,15 @@ from dataclasses import dataclass
 import torch
 
 from kernels.decode_mlp import decode_mlp
+from kernels.device_cache import CachePlan
+from kernels.gather_rows import gather_rows
 from kernels.moe_call import MoECall
 from kernels.slot_table import ExpertTable, addresses_of
 from scripts.gpu.shapes import MoEShape
 
 N_REPEATS = 20
 MAX_PINNED_BYTES = 2 << 30
+CHUNK_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -22,14 +25,14 @@ class TransferRate:
     """One way to move, or to read in place, experts of one shape; bytes per second, median, over `n_experts` at a time."""
 
     shape: str
-    way: str  # "copy engine" | "read in place by decode_mlp"
+    way: str  # "copy engine", whole rows or in chunks | "copy by a kernel" | "read in place by decode_mlp"
     row_bytes: int
     n_experts: int
     bytes_per_s: float
 
 
 def transfer_rates(shape: MoEShape, dtype: torch.dtype) -> list[TransferRate]:
-    """Both ways, for as many experts as one token of the model needs and pinned memory allows."""
+    """All ways, for as many experts as one token of the model needs and pinned memory allows."""
     geometry = shape.geometry(dtype)
     n_experts = max(1, min(shape.top_k, MAX_PINNED_BYTES // geometry.row_bytes))
     pinned = torch.zeros(n_experts, geometry.row_bytes, dtype=torch.uint8, pin_memory=True)
@@ -39,7 +42,21 @@ def transfer_rates(shape: MoEShape, dtype: torch.dtype) -> list[TransferRate]:
         for expert in range(n_experts):  # one copy an expert, as the runtime does
             slots[expert].copy_(pinned[expert], non_blocking=True)
 
-    table = ExpertTable(geometry, (pinned,), addresses_of(pinned)[None].cuda())
+    def copy_in_chunks() -> None:
+        for expert in range(n_experts):
+            for source, target in zip(pinned[expert].split(CHUNK_BYTES), slots[expert].split(CHUNK_BYTES), strict=True):
+                target.copy_(source, non_blocking=True)
+
+    row_of = addresses_of(pinned)[None].cuda()
+    plan = CachePlan.empty(torch.empty(1, n_experts, dtype=torch.int32, device="cuda"), 0)
+    plan.copy_keys.copy_(torch.arange(n_experts))
+    plan.copy_slots.copy_(torch.arange(n_experts))
+    plan.copy_bounds.copy_(torch.tensor([0, n_experts, n_experts]))
+
+    def copy_by_kernel() -> None:
+        gather_rows(slots, row_of, plan)
+
+    table = ExpertTable(geometry, (pinned,), row_of)
     x = torch.ones(1, shape.hidden, dtype=dtype, device="cuda")
     ids = torch.arange(n_experts, device="cuda")[None]
     call = MoECall(x, ids, torch.full((1, n_experts), 1 / n_experts, device="cuda"), table, 0)
@@ -50,7 +67,12 @@ def transfer_rates(shape: MoEShape, dtype: torch.dtype) -> list[TransferRate]:
     n_bytes = pinned.numel()
     return [
         TransferRate(shape.name, way, geometry.row_bytes, n_experts, n_bytes / _median_s(run))
-        for way, run in (("copy engine", copy), ("read in place by decode_mlp", read_in_place))
+        for way, run in (
+            ("copy engine", copy),
+            (f"copy engine, chunks of {CHUNK_BYTES >> 20} MiB", copy_in_chunks),
+            ("copy by a kernel", copy_by_kernel),
+            ("read in place by decode_mlp", read_in_place),
+        )
     ]
 
 

@@ -1,0 +1,98 @@
+"""End to end on the bundled model: the tokens of unmodified transformers, by the host-driven and the device-driven runtime."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.generation import divergences, generate
+from experiments.workload import load_batches
+from kernels.device_cache import DeviceCache, slru_protected
+from kernels.slot_table import ExpertTable, addresses_of
+from predictors.base import Predictor
+from predictors.gate_reuse import GateReuse
+from predictors.none import NoPredictor
+from prefetch.device_runtime import DeviceRuntime
+from prefetch.geometry import ExpertKey
+from prefetch.model import attach, load_offloaded, load_whole
+from prefetch.store import ExpertStore
+
+REPOSITORY = Path(__file__).parents[2]
+BUNDLED = REPOSITORY / "models" / "bytes-moe"
+HOST_DRIVEN = (  # the demo's arms, and the two other ways to serve a miss
+    "experiment=demo", "backend=cuda", "tier=pinned", "repeats=3", "workload.n_prompts=4", "tracking=disabled",
+    "+arms.read_in_place=['planner=cpu_moe','backend.in_place=gpu']", "+arms.on_cpu=['planner=cpu_moe']",
+)  # fmt: skip
+SHARE_OF_SLOTS, STAGING, NEW_TOKENS = 0.25, 8, 96
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One run of the device-driven runtime beside unmodified transformers on the same device."""
+
+    predictor: str
+    n_tokens: int
+    n_equal: int
+    explained_by_rounding: bool  # where they part, the two best tokens were as close as rounding allows
+    counts: dict[str, int]
+
+
+def bundled_tokens(device: torch.device) -> dict[str, Any]:
+    """Both runtimes. The host-driven one runs as a user would run it, and refuses itself to write results of wrong tokens.
+
+    Raises:
+        RuntimeError: the host-driven run failed; its last line says why.
+    """
+    prompts = [batch.token_ids for batch in load_batches(
+        BUNDLED, prompts=BUNDLED / "prompts.jsonl", text=None, n_prompts=2, batch_size=1, max_prompt_tokens=256
+    )]  # fmt: skip
+    agreements = [
+        device_driven(BUNDLED, REPOSITORY / ".cache" / "packs", device, prompts, NEW_TOKENS, predictor)
+        for predictor in (NoPredictor(), GateReuse())
+    ]
+    return {"device_driven": [asdict(found) for found in agreements], "host_driven": host_driven(HOST_DRIVEN)}
+
+
+def host_driven(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """`results.json` of `experiments.decode` with these overrides."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "experiments.decode", *overrides, f"hydra.run.dir={folder}/run"]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"experiments.decode: {done.stderr.strip().splitlines()[-1]}")
+        results: dict[str, Any] = json.loads((Path(folder) / "run" / "results.json").read_text())
+        return results
+
+
+def device_driven(
+    folder: Path, pack_dir: Path, device: torch.device, prompts: list[Tensor], new_tokens: int, predictor: Predictor
+) -> Agreement:
+    """Decode `prompts` ([1, n] each) in fp32 with a quarter of the experts in slots."""
+    store = ExpertStore.open(folder, torch.float32, pack_dir, progress=False)
+    size = store.geometry
+    rows = torch.stack([store.read_row(ExpertKey(n, e)) for n in range(size.n_layers) for e in range(size.n_experts)])
+    rows = rows.pin_memory() if device.type == "cuda" else rows
+    addresses = addresses_of(rows).view(size.n_layers, size.n_experts).to(device)
+    capacity = int(SHARE_OF_SLOTS * size.n_total)
+    cache = DeviceCache.empty(
+        size.n_layers, size.n_experts, capacity=capacity, staging=STAGING, transient=size.top_k,
+        protected_capacity=slru_protected(capacity), device=device,
+    )  # fmt: skip
+    slots = torch.empty(cache.n_slots, size.expert.row_bytes, dtype=torch.uint8, device=device)
+    runtime = DeviceRuntime(size, slots, ExpertTable(size.expert, (rows,), addresses), cache, predictor)
+    whole, offloaded = load_whole(folder, torch.float32, device), load_offloaded(folder, torch.float32, device)
+    reference = [generate(whole, prompt, new_tokens) for prompt in prompts]
+    with attach(offloaded, runtime):
+        found = [generate(offloaded, prompt, new_tokens) for prompt in prompts]
+    parted = divergences(reference, found, torch.finfo(torch.float32).eps)
+    equal = sum(int((ours.tokens == theirs.tokens).sum()) for ours, theirs in zip(found, reference, strict=True))
+    explained = all(place.margin <= place.rounding for place in parted)
+    return Agreement(predictor.name or "none", len(prompts) * new_tokens, equal, explained, runtime.counts())
