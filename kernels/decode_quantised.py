@@ -236,7 +236,8 @@ def _group_sums(  # type: ignore[no-untyped-def]
         group = first // BYTES + group
         scale_inside = row_inside[:, None] & (group < N_SCALES)[None, :]
         scale_at = row[:, None] * N_SCALES + group[None, :]
-        return tl.sum(products, axis=2) * group_scales(scales_ptr, scale_at, scale_inside, KIND)
+        scales = group_scales(scales_ptr, scale_at, scale_inside, KIND)  # asked for before the sum needs registers
+        return tl.sum(products, axis=2) * scales
 
 
 @triton.jit

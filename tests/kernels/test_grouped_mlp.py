@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.gated_activation import CLAMPED_SWIGLU, SWIGLU
-from kernels.grouped_mlp import grouped_mlp, grouped_tiles
+from kernels.grouped_mlp import grouped_mlp
+from kernels.grouped_tiles import grouped_tiles
 from kernels.pair_groups import PairGroups, group_launch, group_pairs_reference
 from kernels.slot_table import ExpertTable
 from tests.kernels.random_moe import Sizes, check_result, poisoned, random_call

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.gated_activation import CLAMPED_SWIGLU, SWIGLU
-from kernels.grouped_mlp import grouped_mlp, quantised_tiles
+from kernels.grouped_mlp import grouped_mlp
+from kernels.grouped_tiles import quantised_tiles
 from kernels.moe_call import MoECall
 from kernels.moe_mlp import choose_path, moe_mlp
 from kernels.quantised import FP4_VALUES, QuantFormat

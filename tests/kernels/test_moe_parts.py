@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from kernels.moe_mlp import choose_path
 from kernels.moe_parts import MoEParts
-from tests.kernels.random_moe import Sizes, check_result, random_call
+from kernels.quantised import QuantFormat
+from tests.kernels.random_moe import Sizes, check_result, quantised_call, random_call
 
 
 @st.composite
@@ -54,6 +55,20 @@ def test_pairs_left_out_are_added_by_others(n_tokens: int) -> None:
     parts.leave_out(pairs[1::2])
     others = whole.rows.view(n_tokens, 2, -1)[:, 1] * call.weights[:, 1:]
     torch.testing.assert_close(parts.finish(shared=others), whole.finish(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 24])
+def test_quantised_experts_in_parts(n_tokens: int) -> None:
+    call = quantised_call(Sizes(n_tokens, 64, 32, 6, 2), QuantFormat("int4", 32), torch.bfloat16, seed=1, by_address=True)
+    missed = torch.zeros(1, dtype=torch.int32)
+    whole, parts = MoEParts(call, missed), MoEParts(call, missed)
+    whole.add(torch.arange(call.n_pairs))
+    parts.rows.fill_(torch.nan)
+    parts.add(torch.arange(0, call.n_pairs, 2))
+    parts.add(torch.arange(1, call.n_pairs, 2))
+    out = parts.finish()
+    assert torch.equal(out, whole.finish())
+    check_result(call, out, missed)
 
 
 def test_an_absent_expert_raises_the_flag() -> None:
