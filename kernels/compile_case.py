@@ -11,9 +11,9 @@ from kernels.gated_activation import CLAMPED_SWIGLU, SWIGLU, GatedActivation
 from kernels.launch import Launch
 from kernels.moe_call import MoECall
 from kernels.quantised import QuantFormat
-from kernels.quantised_experts import QuantisedGeometry, QuantisedTable
-from kernels.slot_table import ExpertTable
+from kernels.quantised_experts import expert_table
 from prefetch.geometry import ExpertGeometry
+from prefetch.quantised_geometry import QuantisedGeometry
 
 SHORT_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -93,18 +93,17 @@ def meta_call(
         return torch.empty(sizes, dtype=kind, device="meta")
 
     entries = meta(1, shape.n_experts, kind=torch.int64 if by_address else torch.int32)
-    table: ExpertTable
-    if how is None:
-        plain = ExpertGeometry(shape.hidden, shape.intermediate, dtype)
-        table = ExpertTable(plain, (meta(shape.n_experts, plain.row_bytes, kind=torch.uint8),), entries)
-    else:
-        coded = QuantisedGeometry(shape.hidden, shape.intermediate, dtype, how=how)
-        table = QuantisedTable(coded, (meta(shape.n_experts, coded.row_bytes, kind=torch.uint8),), entries)
+    geometry = (
+        ExpertGeometry(shape.hidden, shape.intermediate, dtype)
+        if how is None
+        else QuantisedGeometry(shape.hidden, shape.intermediate, dtype, how=how)
+    )
+    pool = meta(shape.n_experts, geometry.row_bytes, kind=torch.uint8)
     return MoECall(
         x=meta(n_tokens, shape.hidden),
         ids=meta(n_tokens, shape.top_k, kind=torch.int32),
         weights=meta(n_tokens, shape.top_k, kind=torch.float32),
-        table=table,
+        table=expert_table(geometry, (pool,), entries),
         layer=0,
         activation=shape.activation,
         gate_up_bias=meta(shape.n_experts, 2 * shape.intermediate) if shape.biases else None,

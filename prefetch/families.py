@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from kernels.quantised import QuantFormat
 from prefetch.errors import UnsupportedModelError
 from prefetch.geometry import ExpertGeometry, MoEGeometry
+from prefetch.quantised_geometry import QuantisedGeometry
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,13 @@ def moe_layer_indices(config: PretrainedConfig) -> list[int]:
     return indices
 
 
-def moe_geometry(config: PretrainedConfig, dtype: torch.dtype) -> MoEGeometry:
-    """Sizes of the routed experts when they are packed as `dtype`.
+def moe_geometry(config: PretrainedConfig, dtype: torch.dtype, how: QuantFormat | None = None) -> MoEGeometry:
+    """Sizes of the routed experts when they are packed as `dtype`, or quantised from it where `how` says so.
 
     Raises:
         UnsupportedModelError: the family is unknown, or the model has no MoE layers.
+        KernelInputError: the experts' sizes do not divide into the groups of `how`.
     """
-    intermediate = getattr(config, family_of(config).intermediate_size)
-    expert = ExpertGeometry(config.hidden_size, intermediate, dtype)
+    sizes = config.hidden_size, getattr(config, family_of(config).intermediate_size), dtype
+    expert = ExpertGeometry(*sizes) if how is None else QuantisedGeometry(*sizes, how=how)
     return MoEGeometry(len(moe_layer_indices(config)), config.num_experts, config.num_experts_per_tok, expert)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 TENSOR_ALIGNMENT = 128  # bytes; where each tensor of an expert's row starts (wide loads need it)
 PAGE_BYTES = 4096  # O_DIRECT wants offset, length and buffer aligned to this
+
+LoadWeights = Callable[[Tensor, Tensor], None]  # writes an expert's weights into gate_up [2I, H] and down [H, I]
+ReadWeights = Callable[[], tuple[Tensor, Tensor]]  # gives gate_up [2I, H] and down [H, I]
 
 
 class ExpertKey(NamedTuple):
@@ -56,6 +61,26 @@ class ExpertGeometry:
     def row_bytes(self) -> int:
         """Bytes of one packed expert row, padded to whole pages: the unit of every transfer."""
         return round_up(self.down_offset + self.down_bytes, PAGE_BYTES)
+
+    @property
+    def format_name(self) -> str:
+        """What a row's weights are, e.g. "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def layout(self) -> dict[str, tuple[list[int], int]]:
+        """Shape and byte offset inside the row of every tensor, by name."""
+        return {"gate_up": (list(self.gate_up_shape), 0), "down": (list(self.down_shape), self.down_offset)}
+
+    def reader(self, row: Tensor) -> ReadWeights:
+        """What gives the expert in `row`, uint8 [row_bytes], as it is whenever it is called. Here: views of the row."""
+        gate_up = row[: self.gate_up_bytes].view(self.dtype).view(self.gate_up_shape)
+        down = row[self.down_offset : self.down_offset + self.down_bytes].view(self.dtype).view(self.down_shape)
+        return lambda: (gate_up, down)
+
+    def fill(self, row: Tensor, load: LoadWeights) -> None:
+        """Let `load` write an expert's weights in `dtype`, and put them into `row`; its padding is left alone."""
+        load(*self.reader(row)())
 
 
 @dataclass(frozen=True)

@@ -15,16 +15,18 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.quantised import QuantFormat
 from prefetch.checkpoint import Checkpoint
 from prefetch.errors import CheckpointError, PackError
 from prefetch.families import Family, family_of, moe_geometry, moe_layer_indices
-from prefetch.pack_format import PackFormat, row_tensors
+from prefetch.pack_format import PackFormat
 from prefetch.progress import expert_progress
 
 log = logging.getLogger(__name__)
@@ -33,16 +35,17 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PACKABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def pack_format_of(checkpoint: Checkpoint, dtype: torch.dtype) -> PackFormat:
-    """The layout of the pack of `checkpoint` as `dtype`.
+def pack_format_of(checkpoint: Checkpoint, dtype: torch.dtype, how: QuantFormat | None = None) -> PackFormat:
+    """The layout of the pack of `checkpoint` as `dtype`, or quantised from it where `how` says so.
 
     Raises:
         UnsupportedModelError: no family knows this architecture.
         PackError: `dtype` is none of float32, float16, bfloat16.
+        KernelInputError: the experts' sizes do not divide into the groups of `how`.
     """
     if dtype not in PACKABLE_DTYPES:
         raise PackError(f"experts cannot be packed as {dtype}; supported: {', '.join(map(str, PACKABLE_DTYPES))}")
-    return PackFormat(moe_geometry(checkpoint.config, dtype), checkpoint.fingerprint, checkpoint.modified_ns)
+    return PackFormat(moe_geometry(checkpoint.config, dtype, how), checkpoint.fingerprint, checkpoint.modified_ns)
 
 
 def is_pack_of(pack_path: Path, form: PackFormat) -> bool:
@@ -60,8 +63,10 @@ def is_pack_of(pack_path: Path, form: PackFormat) -> bool:
         raise PackError(f"{pack_path}: cannot be read: {error.strerror}") from error
 
 
-def pack_experts(checkpoint: Checkpoint, pack_path: Path, dtype: torch.dtype, *, progress: bool = True) -> None:
-    """Write the routed experts of `checkpoint` to `pack_path`, converted to `dtype`, replacing what is there.
+def pack_experts(
+    checkpoint: Checkpoint, pack_path: Path, dtype: torch.dtype, how: QuantFormat | None = None, *, progress: bool = True
+) -> None:
+    """Write the routed experts of `checkpoint` to `pack_path`, converted to `dtype` or quantised, replacing what is there.
 
     It holds one expert in memory at a time. Another process that packs the same file is waited for, and its result
     kept. On any failure, Ctrl-C included, `pack_path` stays as it was and the partial file is removed.
@@ -70,14 +75,16 @@ def pack_experts(checkpoint: Checkpoint, pack_path: Path, dtype: torch.dtype, *,
         checkpoint: where the experts come from.
         pack_path: the file to make; its folder is made if absent.
         dtype: float32, float16 or bfloat16.
+        how: quantise the converted experts like this.
         progress: show a bar.
 
     Raises:
         CheckpointError: a tensor is missing, has the wrong shape, or holds NaN or Inf (also by overflow of `dtype`).
         PackError: the file cannot be written, for instance because the disk is full.
         UnsupportedModelError: no family knows this architecture.
+        KernelInputError: `how` does not fit the experts' sizes or weights.
     """
-    form = pack_format_of(checkpoint, dtype)
+    form = pack_format_of(checkpoint, dtype, how)
     partial = pack_path.with_name(pack_path.name + ".partial")
     try:
         pack_path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,20 +105,19 @@ def pack_experts(checkpoint: Checkpoint, pack_path: Path, dtype: torch.dtype, *,
 def _write_pack(fd: int, checkpoint: Checkpoint, form: PackFormat, progress: bool) -> None:
     geometry, family, layers = form.geometry, family_of(checkpoint.config), moe_layer_indices(checkpoint.config)
     row = torch.zeros(geometry.expert.row_bytes, dtype=torch.uint8)
-    gate_up, down = row_tensors(row, geometry.expert)
     checksums = np.empty((geometry.n_layers, geometry.n_experts), dtype="<u4")
     _write_all(fd, form.header)
     with expert_progress("packing experts", geometry, progress) as advance:
         for layer in range(geometry.n_layers):
             for expert in range(geometry.n_experts):
-                _fill_row(checkpoint, family, layers[layer], expert, gate_up, down)
+                geometry.expert.fill(row, partial(_load_expert, checkpoint, family, layers[layer], expert))
                 checksums[layer, expert] = zlib.crc32(row.numpy().data)
                 _write_all(fd, row.numpy().data)
                 advance()
     _write_all(fd, checksums.tobytes())
 
 
-def _fill_row(checkpoint: Checkpoint, family: Family, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
+def _load_expert(checkpoint: Checkpoint, family: Family, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
     """Convert one expert of *decoder* layer `layer` into `gate_up` [2I, H] and `down` [H, I]."""
     n_experts, intermediate = checkpoint.config.num_experts, down.shape[1]
     fused = family.fused_gate_up.format(layer=layer) in checkpoint

@@ -2,7 +2,8 @@
 
     8-byte length, JSON header padded to whole pages | rows, uint8 [L, E, row_bytes] | checksums, uint32 [L, E]
 
-A row is what one transfer moves: gate_up [2I, H], down [H, I] and zero padding, as `ExpertGeometry` lays them out. Rows
+A row is what one transfer moves: gate_up [2I, H], down [H, I] and zero padding, as `ExpertGeometry` lays them out, or their codes
+and scales, as `QuantisedGeometry` does. Rows
 start and end on pages, so that O_DIRECT can read each with one call. A checksum is the CRC-32 of the whole row.
 """
 
@@ -12,9 +13,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 
-from torch import Tensor
-
-from prefetch.geometry import PAGE_BYTES, ExpertGeometry, ExpertKey, MoEGeometry, round_up
+from prefetch.geometry import PAGE_BYTES, ExpertKey, MoEGeometry, round_up
 
 VERSION = "1"  # raise it when the layout changes: packs of other versions are packed again
 CHECKSUM_BYTES = 4
@@ -25,7 +24,7 @@ class PackFormat:
     """The layout of one pack.
 
     The header is a function of these fields alone: a file that begins otherwise is the pack of another checkpoint,
-    dtype or version.
+    format or version.
     """
 
     geometry: MoEGeometry
@@ -55,14 +54,22 @@ class PackFormat:
         """Byte offset in the file of the row of `key`, a multiple of 4096. Rows are ordered by layer, then expert."""
         return self.rows_offset + (key.layer * self.geometry.n_experts + key.expert) * self.geometry.expert.row_bytes
 
+    @staticmethod
+    def name_in(header: bytes) -> str:
+        """The format's name in the first bytes of some file; "no pack" if they are not a pack's."""
+        try:
+            size = int.from_bytes(header[:8], "little")
+            return str(json.loads(header[8 : 8 + size])["__metadata__"]["dtype"])
+        except (ValueError, KeyError, TypeError):
+            return "no pack"
+
     def _metadata(self) -> dict[str, str]:
         expert = self.geometry.expert
         return {
             "format": "gatecast packed experts",
             "version": VERSION,
-            "dtype": dtype_name(expert),
-            "gate_up": f"{list(expert.gate_up_shape)} at byte 0 of a row",
-            "down": f"{list(expert.down_shape)} at byte {expert.down_offset} of a row",
+            "dtype": expert.format_name,
+            **{part: f"{shape} at byte {offset} of a row" for part, (shape, offset) in expert.layout.items()},
             "checksum": "crc32 of a row",
             "checkpoint_fingerprint": self.fingerprint,
             "checkpoint_modified_ns": str(self.modified_ns),
@@ -76,14 +83,3 @@ class PackFormat:
             "rows": {"dtype": "U8", "shape": [*table, self.geometry.expert.row_bytes], "data_offsets": [0, rows_end]},
             "checksums": {"dtype": "U32", "shape": table, "data_offsets": [rows_end, checksums_end]},
         }
-
-
-def dtype_name(expert: ExpertGeometry) -> str:
-    return str(expert.dtype).removeprefix("torch.")
-
-
-def row_tensors(row: Tensor, expert: ExpertGeometry) -> tuple[Tensor, Tensor]:
-    """gate_up [2I, H] and down [H, I] of a row, uint8 [row_bytes], as views."""
-    gate_up = row[: expert.gate_up_bytes].view(expert.dtype).view(expert.gate_up_shape)
-    down_end = expert.down_offset + expert.down_bytes
-    return gate_up, row[expert.down_offset : down_end].view(expert.dtype).view(expert.down_shape)

@@ -13,7 +13,6 @@ from torch import Tensor
 from prefetch.errors import CapacityError
 from prefetch.geometry import ExpertKey, MoEGeometry
 from prefetch.memory import allocate_pages
-from prefetch.pack_format import row_tensors
 
 BYTE_UNITS = {
     "B": 1,
@@ -48,8 +47,7 @@ class SlotPool:
         self.n_slots = n_slots
         self.rows = _allocate(n_slots, geometry.expert.row_bytes, torch.device(device))
         self._on_release = on_release
-        self._geometry = geometry.expert
-        self._experts: list[tuple[Tensor, Tensor] | None] = [None] * n_slots
+        self._readers = [geometry.expert.reader(row) for row in self.rows]  # made once: a layer call must not pay for slicing
         self.slot_of = torch.full((geometry.n_layers, geometry.n_experts), -1, dtype=torch.int32)
         self._table = self.slot_of.numpy()  # the same memory; reading one entry costs a tenth of torch's time
         self._table_rows = [memoryview(row) for row in self._table]
@@ -109,11 +107,8 @@ class SlotPool:
         return self.rows[slot].cpu().numpy().data
 
     def expert(self, slot: int) -> tuple[Tensor, Tensor]:
-        """Views into the slot: gate_up [2I, H] (gate rows, then up rows) and down [H, I]."""
-        found = self._experts[slot]
-        if found is None:  # made once: a layer call must not pay for slicing
-            found = self._experts[slot] = row_tensors(self.rows[slot], self._geometry)
-        return found
+        """gate_up [2I, H] (gate rows, then up rows) and down [H, I]: views into the slot, or dequantised from it."""
+        return self._readers[slot]()
 
 
 def parse_slots(spec: int | float | str, geometry: MoEGeometry) -> int:

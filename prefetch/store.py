@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.quantised import QuantFormat
 from prefetch.checkpoint import Checkpoint
 from prefetch.errors import PackError
 from prefetch.geometry import ExpertKey
 from prefetch.memory import allocate_pages
 from prefetch.pack import is_pack_of, pack_experts, pack_format_of
-from prefetch.pack_format import PackFormat, dtype_name, row_tensors
+from prefetch.pack_format import PackFormat
 from prefetch.progress import expert_progress
 
 log = logging.getLogger(__name__)
@@ -50,11 +51,12 @@ class ExpertStore:
         checkpoint_folder: str | Path,
         dtype: torch.dtype,
         pack_dir: str | Path,
+        how: QuantFormat | None = None,
         *,
         verify: bool = False,
         progress: bool = True,
     ) -> ExpertStore:
-        """The store of a checkpoint's experts as `dtype`.
+        """The store of a checkpoint's experts as `dtype`, or quantised.
 
         They are packed into `pack_dir` if they are not yet, or were packed from another version of the checkpoint. A
         damaged pack is not silently replaced, since the disk may be failing.
@@ -63,19 +65,20 @@ class ExpertStore:
             checkpoint_folder: a Hugging Face checkpoint (safetensors).
             dtype: float32, float16 or bfloat16; the checkpoint's weights are converted.
             pack_dir: made if absent; one file of about the experts' size is written there.
+            how: quantise the converted weights like this; None leaves them as they are.
             verify: read every expert and compare its checksum first.
             progress: show a bar while packing and verifying.
 
         Raises:
             CheckpointError, UnsupportedModelError, PackError: as `Checkpoint` and `pack_experts` do, and a PackError if
-                the pack is truncated or (with `verify`) an expert is damaged.
+                the pack is truncated or (with `verify`) an expert is damaged; a KernelInputError if `how` does not fit them.
         """
         checkpoint = Checkpoint(checkpoint_folder)
-        form = pack_format_of(checkpoint, dtype)
+        form = pack_format_of(checkpoint, dtype, how)
         path = pack_path(checkpoint.folder, form, Path(pack_dir))
         if not is_pack_of(path, form):
             log.info("packing the experts of %s into %s", checkpoint.folder, path)
-            pack_experts(checkpoint, path, dtype, progress=progress)
+            pack_experts(checkpoint, path, dtype, how, progress=progress)
         store = cls(path, form)
         if verify:
             store.verify(progress=progress)
@@ -114,8 +117,8 @@ class ExpertStore:
             raise PackError(f"{self._where(key)}: its CRC-32 is {found:08x}, {packed:08x} was packed; {_REMEDY}")
 
     def views(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """gate_up [2I, H] and down [H, I] of a row, uint8 [row_bytes], without a copy."""
-        return row_tensors(row, self.geometry.expert)
+        """gate_up [2I, H] and down [H, I] of a row, uint8 [row_bytes]: without a copy, or dequantised."""
+        return self.geometry.expert.reader(row)()
 
     def verify(self, *, progress: bool = True) -> None:
         """Read every expert and compare its checksum.
@@ -137,22 +140,33 @@ _REMEDY = "the pack is damaged, remove it so that it is packed again"
 
 
 def pack_path(checkpoint_folder: Path, form: PackFormat, pack_dir: Path) -> Path:
-    """One name per checkpoint folder and dtype: a changed checkpoint replaces its pack instead of adding another."""
+    """One name per checkpoint folder and format: a changed checkpoint replaces its pack instead of adding another."""
     folder = checkpoint_folder.resolve()
     place = hashlib.blake2b(os.fsencode(folder), digest_size=4).hexdigest()
-    return pack_dir / f"{folder.name}-{place}.{dtype_name(form.geometry.expert)}.experts.safetensors"
+    kind = form.geometry.expert.format_name.replace(" ", "_")
+    return pack_dir / f"{folder.name}-{place}.{kind}.experts.safetensors"
 
 
 def _read_checksums(path: Path, form: PackFormat) -> np.ndarray:
     """The checksum table, uint32 [L, E]."""
     if not is_pack_of(path, form):
-        raise PackError(f"{path}: it is missing, or not the pack of this checkpoint and dtype")
+        raise PackError(f"{path}: {_another_pack(path, form)}")
     size = path.stat().st_size
     if size != form.file_bytes:
         raise PackError(f"{path}: it has {size} bytes, {form.file_bytes} were packed; {_REMEDY}")
     geometry = form.geometry
     table = np.fromfile(path, dtype="<u4", count=geometry.n_total, offset=form.checksums_offset)
     return table.reshape(geometry.n_layers, geometry.n_experts)
+
+
+def _another_pack(path: Path, form: PackFormat) -> str:
+    if not path.is_file():
+        return "it is missing"
+    with open(path, "rb") as file:
+        found, wanted = PackFormat.name_in(file.read(len(form.header))), form.geometry.expert.format_name
+    if found != wanted:
+        return f"its experts are {found}, {wanted} was asked for"
+    return "it is the pack of another checkpoint, of another state of it, or of another version"
 
 
 def _read_at(fd: int, into: memoryview, offset: int) -> int:

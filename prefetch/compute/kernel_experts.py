@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.expert_mlp import expert_mlp, weighted_sum
 from kernels.moe_call import MoECall
 from kernels.moe_parts import MoEParts
-from kernels.quantised_experts import table_of
+from kernels.quantised_experts import expert_table
 from prefetch.compute.base import ExpertCompute, LayerCompute
 from prefetch.dispatch import Dispatch
 from prefetch.errors import TransferError
@@ -79,7 +79,7 @@ class KernelExperts(ExpertCompute):
         self.pool, self.mapped_address = pool, mapped_address
         self.device = pool.rows.device
         entries = torch.zeros(geometry.n_layers, geometry.n_experts, dtype=torch.int64, device=self.device)
-        self.table = table_of(geometry.expert, (pool.rows,), entries)
+        self.table = expert_table(geometry.expert, (pool.rows,), entries)
         self.missed = torch.zeros(1, dtype=torch.int32, device=self.device)
 
     def begin(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, work: Dispatch) -> LayerCompute:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from kernels.moe_call import MoECall, moe_mlp_reference
 from kernels.quantised import QuantFormat
-from kernels.quantised_experts import QuantisedGeometry, QuantisedTable
+from kernels.quantised_experts import QuantisedTable
 from kernels.slot_table import ExpertTable, addresses_of
 from prefetch.geometry import ExpertGeometry
+from prefetch.quantised_geometry import QuantisedGeometry
 
 # ||out - reference|| / ||reference|| against float64 arithmetic on the same rounded inputs, whole MLP.
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}

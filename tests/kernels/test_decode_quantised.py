@@ -14,9 +14,10 @@ from kernels.decode_quantised import decode_quantised
 from kernels.gated_activation import CLAMPED_SWIGLU, SWIGLU
 from kernels.moe_call import MoECall
 from kernels.quantised import FP4_VALUES, QuantFormat, Quantised, dequantise
-from kernels.quantised_experts import QuantisedGeometry, QuantisedTable
+from kernels.quantised_experts import QuantisedTable
 from prefetch.errors import KernelInputError
 from prefetch.geometry import ExpertGeometry
+from prefetch.quantised_geometry import QuantisedGeometry
 from tests.kernels.random_moe import FORMATS, Sizes, check_result, poisoned, quantised_call, random_call
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

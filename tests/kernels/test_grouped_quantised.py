@@ -15,7 +15,8 @@ from kernels.grouped_tiles import quantised_tiles
 from kernels.moe_call import MoECall
 from kernels.moe_mlp import choose_path, moe_mlp
 from kernels.quantised import FP4_VALUES, QuantFormat
-from kernels.quantised_experts import QuantisedGeometry, QuantisedTable
+from kernels.quantised_experts import QuantisedTable
+from prefetch.quantised_geometry import QuantisedGeometry
 from tests.kernels.random_moe import FORMATS, TOLERANCES, Sizes, check_result, poisoned, quantised_call
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
