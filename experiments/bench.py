@@ -33,6 +33,7 @@ from experiments.atomic import write_json
 from experiments.backend import build_source
 from experiments.config import repository_path
 from experiments.decode import compose_arms
+from experiments.expert_store import refuse_quantised
 from experiments.generation import divergences, generate
 from experiments.link_rate import measured_bytes_per_s
 from experiments.provenance import provenance
@@ -56,6 +57,7 @@ def main() -> None:
 
 def bench(cfg: DictConfig, folder: Path) -> None:
     """All parts, each announced; writes `bench.json` to `folder`."""
+    refuse_quantised(cfg.model, "experiments.bench")
     torch.set_num_threads(cfg.backend.n_threads)
     model_folder = repository_path(cfg.model.path)
     arms = {name: arm.cfg for name, arm in compose_arms(cfg).items()}

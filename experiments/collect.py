@@ -25,6 +25,7 @@ from experiments.arm import runtime
 from experiments.atomic import replacing, write_json
 from experiments.config import repository_path, validate
 from experiments.documents import Document, documents_of
+from experiments.expert_store import open_store
 from experiments.generation import generate
 from experiments.progress import progress_bar
 from predictors.base import LayerView, Prediction, Predictor
@@ -33,7 +34,6 @@ from prefetch.errors import ConfigError, RecordingError
 from prefetch.model import attach, load_offloaded
 from prefetch.recorder import Recorder
 from prefetch.runtime import OffloadRuntime
-from prefetch.store import ExpertStore
 
 
 class StateWriter(Predictor):
@@ -92,7 +92,7 @@ def collect(cfg: DictConfig, folder: Path) -> None:
         raise ConfigError(f"collect.shard_rows={cfg.collect.shard_rows}: it must be at least 1")
     torch.set_num_threads(cfg.backend.n_threads)
     model_folder, dtype = repository_path(cfg.model.path), getattr(torch, cfg.model.dtype)
-    store = ExpertStore.open(model_folder, dtype, repository_path(cfg.model.pack_dir))
+    store = open_store(cfg.model)
     documents = documents_of(cfg, model_folder)
     model = load_offloaded(model_folder, dtype)
     writer = StateWriter(cfg.collect.shard_rows) if cfg.collect.hidden_states else None

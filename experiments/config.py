@@ -19,14 +19,17 @@ from hydra.utils import get_class, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
+from kernels.quantised import GROUPS
 from prefetch.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[1]
 CACHE_COMMON = ("slots", "staging", "transient", "scope", "prefetch_admission")  # keys of `cache` that are not the policy's
 LONGEST_NAME = 200  # bytes of a folder's name
 PLAIN_TYPES = (bool, int, float, str, type(None))
+PLAIN = "plain"  # the expert_format of experts that are not quantised
 CHOICES = {
     "model.dtype": ("float32", "float16", "bfloat16"),
+    "model.expert_format": (PLAIN, *GROUPS),
     "tier.kind": ("disk", "host"),
     "cache.scope": ("global", "per_layer"),
     "cache.prefetch_admission": ("staging", "policy"),
@@ -40,6 +43,8 @@ CHOICES = {
 class ModelConfig:
     path: str = MISSING
     dtype: str = "float32"
+    expert_format: str = PLAIN
+    expert_group: int | None = None
     pack_dir: str = ".cache/packs"
 
 

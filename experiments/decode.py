@@ -26,6 +26,7 @@ from experiments.arm import ArmRun, leaves_in_place, run_arm, slot_budget
 from experiments.atomic import write_text
 from experiments.backend import BackingTiers, build_source, use_device
 from experiments.config import CACHE_COMMON, repository_path, validate
+from experiments.expert_store import open_store, quant_format
 from experiments.generation import Generation, divergences, generate_all, same_bits
 from experiments.link_rate import measured_bytes_per_s
 from experiments.progress import progress_bar
@@ -66,7 +67,7 @@ def decode(cfg: DictConfig, folder: Path) -> None:
     torch.manual_seed(cfg.seed)
     device = use_device(cfg.backend)
     model_folder, dtype = repository_path(cfg.model.path), getattr(torch, cfg.model.dtype)
-    store = ExpertStore.open(model_folder, dtype, repository_path(cfg.model.pack_dir))
+    store = open_store(cfg.model)
     for arm in arms.values():
         slot_budget(arm.cfg, store.geometry)  # too few slots are known before anything runs
     batches = workload_batches(cfg, model_folder)
@@ -126,6 +127,8 @@ def compose_arms(cfg: DictConfig) -> dict[str, Measured]:
                 )
         except ConfigError as error:
             raise ConfigError(f"arm {name}: {error}") from error
+        if arm_cfg.model != cfg.model:
+            raise ConfigError(f"arm {name}: every arm runs the same model; give model options to the whole run")
         arms[name] = Measured(arm_cfg, _role(arm_cfg, BASELINE in (arm.role for arm in arms.values())))
     return arms
 
@@ -175,8 +178,8 @@ def workload_batches(cfg: DictConfig, model_folder: Path) -> list[Batch]:
 def _reference(
     cfg: DictConfig, model_folder: Path, dtype: torch.dtype, device: torch.device, batches: list[Batch]
 ) -> list[Generation]:
-    """What the unmodified model says, as transformers runs it."""
-    model = load_whole(model_folder, dtype, device)
+    """What the unmodified model says, as transformers runs it; where experts are quantised, with what their codes stand for."""
+    model = load_whole(model_folder, dtype, device, quant_format(cfg.model))
     with progress_bar("unmodified model", len(batches)) as advance:
         generations = []
         for generation in generate_all(model, batches, cfg.workload, cfg.seed):
@@ -255,6 +258,7 @@ def _results(
         bounds={BELADY: belady.hit_rate},
         slots=budget.n_slots,
         slots_fraction=budget.n_slots / store.geometry.n_total,
+        experts=store.geometry.expert.format_name,
         peak_rss_bytes=max(arm.last.peak_rss_bytes for arm in arms.values() if arm.last is not None),
     )
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from experiments import launch
 from experiments.atomic import write_json
 from experiments.config import ModelConfig, repository_path
+from experiments.expert_store import open_store
 from experiments.model_view import load_model_view
 from experiments.progress import progress_bar
 from experiments.provenance import provenance
@@ -25,7 +26,6 @@ from predictors.base import LayerView
 from predictors.quasi_hidden import default_vectors, save
 from predictors.recording import Recording
 from prefetch.errors import ConfigError
-from prefetch.store import ExpertStore
 
 
 @dataclass
@@ -57,7 +57,7 @@ def measure(cfg: DictConfig, folder: Path) -> None:
     recording.check_model(model)
     documents = recording.split(cfg.split)
     views = recording.rows(documents, cfg.max_rows)
-    store = ExpertStore.open(repository_path(cfg.model.path), geometry.expert.dtype, repository_path(cfg.model.pack_dir))
+    store = open_store(cfg.model)
     with progress_bar("measuring experts", geometry.n_total) as advance:
         vectors = default_vectors(views, model.n_experts, store.read_expert, advance)
     measured = {

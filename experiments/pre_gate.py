@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from experiments import launch
 from experiments.atomic import new_folder, write_json
 from experiments.config import ModelConfig, TrackingConfig, repository_path
+from experiments.expert_store import refuse_quantised
 from experiments.pre_gate_tuning import HEADS, TUNED, TuningOptions, tune
 from experiments.progress import progress_bar
 from experiments.provenance import provenance
@@ -69,6 +70,7 @@ def main() -> None:
 def pre_gate(cfg: DictConfig, folder: Path) -> None:
     """Write the checkpoint that `cfg` describes, and `results.json` into `folder`."""
     _check(cfg)
+    refuse_quantised(cfg.model, "experiments.pre_gate")
     torch.set_num_threads(cfg.n_threads)
     source = repository_path(cfg.model.path)
     target = Path(cfg.output) if cfg.output else folder / "checkpoint"

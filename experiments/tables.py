@@ -25,7 +25,7 @@ SPEED = "Speed"
 TRAFFIC = "Guesses, hits and traffic of decoding"
 FOOTNOTE = (
     f"median [lowest, highest] of the repeats; {NOT_MEASURED} = not measured; ≈ = no difference from the baseline beyond the "
-    "repeats' spread; lossless ✓ = the tokens of the unmodified model"
+    "repeats' spread; lossless ✓ = the tokens of the unmodified model, its experts in the same format"
 )
 METRICS = (
     "tokens_per_s", "tpot_mean_s", "tpot_median_s", "tpot_p95_s", "ttft_s",
@@ -183,7 +183,10 @@ def _baseline_name(results: Results) -> str:
 
 def _conditions(results: Results) -> str:
     link = "emulated link" if results.emulated else "measured"
-    return f"{results.slots} slots = {results.slots_fraction:.0%} of all experts, {link}, {_n_repeats(results)} repeats"
+    experts = f", {results.experts}" if results.experts else ""
+    return (
+        f"{results.slots} slots = {results.slots_fraction:.0%} of all experts{experts}, {link}, {_n_repeats(results)} repeats"
+    )
 
 
 def _n_repeats(results: Results) -> str:

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
+from kernels.quantised import QuantFormat, dequantise, quantise
 from predictors.base import ModelView, PreGateView
 from prefetch.checkpoint import Checkpoint
 from prefetch.device_runtime import DeviceRuntime
@@ -57,14 +58,22 @@ def load_offloaded(folder: Path, dtype: torch.dtype, device: torch.device | str 
     return model.to(device).eval()
 
 
-def load_whole(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_whole(
+    folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", how: QuantFormat | None = None
+) -> PreTrainedModel:
     """The model in `folder` with all its experts, on `device`, as transformers runs it: what offloading must equal.
+
+    Args:
+        how: round the routed experts' weights to what this format can hold, as a pack of that format does.
 
     Raises:
         CheckpointError: it ships pre-gates that do not fit it.
+        KernelInputError: `how` does not fit the experts' sizes or weights.
     """
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    if how is not None:
+        _round_experts(model, how)
     _use_pre_gates(model, folder)
     return model.to(device).eval()
 
@@ -137,6 +146,14 @@ def _use_pre_gates(model: PreTrainedModel, folder: Path) -> None:
     if model.pre_gates is not None and model.pre_gates.route:
         family = family_of(model.config)
         route_by([getattr(block, family.router) for block in moe_blocks(model, family)], model.pre_gates)
+
+
+@torch.no_grad()
+def _round_experts(model: PreTrainedModel, how: QuantFormat) -> None:
+    family = family_of(model.config)
+    for block in moe_blocks(model, family):
+        for weight in getattr(block, family.experts).parameters(recurse=False):  # gate_up [E, 2I, H], down [E, H, I]
+            weight.copy_(dequantise(quantise(weight.flatten(0, 1), how), how).view_as(weight))
 
 
 def _shared_experts(blocks: list[nn.Module], family: Family, device: torch.device) -> list[Callable[[Tensor], Tensor]] | None:
