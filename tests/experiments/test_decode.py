@@ -84,6 +84,24 @@ def test_tables_count_what_calls_count(finished: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("options", "experts", "row_bytes"), [
+    (["model.expert_format=int4"], "int4 per 32 of float32", 32_768),
+    (["model.expert_format=fp8"], "fp8 of float32", 57_344),
+])  # fmt: skip
+def test_quantised_experts_decode_with_fewer_bytes(options: list[str], experts: str, row_bytes: int, tmp_path: Path) -> None:
+    """Checked as ever: the same bits in every arm, and the tokens of the whole model with the same rounded weights."""
+    done = run(*SMALL, "predictor=gate_reuse", "arms.oracle=null", *options, f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    results = Results.load(tmp_path)
+    assert results.experts == experts and experts in " ".join(done.stdout.split())
+    assert all(arm.lossless for arm in results.arms.values())
+    for name in results.arms:
+        transfers = pd.read_csv(tmp_path / f"transfers_{name}.csv")
+        assert (transfers["n_bytes"] == row_bytes).all()
+    calls, transfers = (pd.read_csv(tmp_path / f"{table}_on_demand.csv") for table in ("calls", "transfers"))
+    assert transfers["moved_bytes"].sum() == calls["misses"].sum() * row_bytes
+
+
 def test_a_predictor_outside_the_repository_is_named_by_target(tmp_path: Path) -> None:
     (tmp_path / "elsewhere.py").write_text(
         "import torch\n"
@@ -119,6 +137,11 @@ def test_a_predictor_outside_the_repository_is_named_by_target(tmp_path: Path) -
         (["model=local", "model.path=/nonexistent"], "/nonexistent"),
         (["workload.prompts=/nonexistent"], "/nonexistent"),
         (["workload.batch_size=2", "workload.n_prompts=5"], "multiple of workload.batch_size"),
+        (["model.expert_format=int3"], "model.expert_format=int3: choose one of plain, int8, int4, fp8, mxfp4"),
+        (["model.expert_format=int4", "model.expert_group=128"], "192 columns do not divide into groups of 128 (int4 per 128)"),
+        (["model.expert_format=int4", "model.expert_group=7"], "int4 with group = 7: this format takes 128, 64, 32"),
+        (["model.expert_group=32"], "model.expert_group=32 is for quantised experts"),
+        (["+arms.mine=['model.expert_format=int8']"], "arm mine: every arm runs the same model"),
         (["tier.kind=tape"], "tier.kind=tape: choose one of disk, host"),
         (["tier.link={bytes_per_s: 1e9}"], "bytes_per_s and latency_s and nothing else"),
         (["tier.link={bytes_per_s: -1.0, latency_s: 0.0}"], "bytes_per_s must be above 0"),

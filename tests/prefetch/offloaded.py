@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from kernels.quantised import QuantFormat
 from predictors.base import Predictor
 from predictors.none import NoPredictor
 from prefetch.cache.base import CachePolicy
@@ -51,13 +52,14 @@ class Setting:
     driver: CudaDriver | None = (
         None  # compute by kernels out of slots that copies from pinned memory fill; default: the CPU's path
     )
+    how: QuantFormat | None = None  # quantise the experts
     zero_copy: bool = False  # kernels, not the CPU, compute what the planner leaves in place
 
 
 @contextmanager
 def offloaded(folder: Path, pack_dir: Path, setting: Setting) -> Iterator[tuple[PreTrainedModel, OffloadRuntime]]:
     """The model of `folder`, fp32, with its experts behind a runtime; everything is closed afterwards."""
-    store = ExpertStore.open(folder, torch.float32, pack_dir, progress=False)
+    store = ExpertStore.open(folder, torch.float32, pack_dir, setting.how, progress=False)
     with backend(store, setting) as (pool, transfers, compute):
         staging = 0 if setting.policy_admits else setting.staging
         policy = Slru(setting.n_slots - staging - setting.transient) if setting.policy is None else setting.policy
