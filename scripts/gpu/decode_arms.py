@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.device_cache import DeviceCache, slru_protected
 from kernels.moe_call import MoECall
 from kernels.moe_mlp import moe_mlp
-from kernels.quantised_experts import table_of
+from kernels.quantised_experts import expert_table
 from predictors.base import LayerView, Prediction, Predictor
 from predictors.none import NoPredictor
 from prefetch.cache.slru import Slru
@@ -91,7 +91,7 @@ class DeviceArm(Arm):
             device=slots.device,
         )
         addresses = source.mapped_address(ExpertKey(0, 0)) + scene.row_of * geometry.expert.row_bytes
-        backing = table_of(geometry.expert, (scene.rows,), addresses.to(slots.device))
+        backing = expert_table(geometry.expert, (scene.rows,), addresses.to(slots.device))
         self.runtime = DeviceRuntime(geometry, slots, backing, self.cache, NoPredictor())
         self.routing = torch.from_numpy(scene.routing).to(slots.device)
         self.ids = self.routing[0].clone()
@@ -235,7 +235,7 @@ class ResidentArm(Arm):
             part = pool[first : first + len(scene.rows)]
             part.copy_(scene.rows[: len(part)])
         slot_of = torch.arange(geometry.n_total, dtype=torch.int32, device=device).view(geometry.n_layers, geometry.n_experts)
-        self.table = table_of(geometry.expert, (pool,), slot_of)
+        self.table = expert_table(geometry.expert, (pool,), slot_of)
         self.routing = torch.from_numpy(scene.routing).to(device)
         self.ids, self.n_decoded = self.routing[0].clone(), 0
         self.out: Tensor | None = None
