@@ -10,6 +10,8 @@ it goes on where it was when started again with the same folder; memory holds on
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from experiments.expert_store import open_store
 from experiments.generation import generate
 from experiments.progress import progress_bar
 from predictors.base import LayerView, Prediction, Predictor
-from predictors.recording import FORMAT, INDEX, STATES, TRACE, RecordedDocument, Recording, joined, read_index
+from predictors.recording import FORMAT, INDEX, PREVIOUS_FINAL, STATES, TRACE, RecordedDocument, Recording, joined, read_index
 from prefetch.errors import ConfigError, RecordingError
 from prefetch.model import attach, load_offloaded
 from prefetch.recorder import Recorder
@@ -46,23 +48,30 @@ class StateWriter(Predictor):
     def __init__(self, shard_rows: int):
         self.shard_rows = shard_rows
         self.pass_so_far: list[LayerView] = []  # the layers of the forward pass under way
-        self.rows: list[dict[str, Tensor]] = []  # finished passes, [T, L, H] each
+        self.last_final: Tensor | None = None  # [B, H], of the document's last token so far
+        self.rows: list[dict[str, Tensor]] = []  # finished passes, [T, L, H] each, and [T, H] what has no layers
 
     def begin(self, folder: Path) -> None:
         """A document begins, whose shards go to `folder`."""
         self.folder, self.n_shards, self.n_rows = folder, 0, 0
+        self.last_final = None
         self.pass_so_far.clear()
         self.rows.clear()
 
     def predict(self, seen: LayerView) -> list[Prediction]:
-        """Keep the layer's view; at the last layer the pass is complete."""
+        """Keep the layer's view, until the pass is complete."""
         self.pass_so_far.append(seen)
-        if seen.layer == self.model.n_layers - 1:
-            complete = {name: torch.stack([getattr(view, name) for view in self.pass_so_far], dim=1) for name in STATES}
-            self.pass_so_far.clear()
-            for first in range(0, len(seen.hidden), self.shard_rows):
-                self._add({name: state[first : first + self.shard_rows] for name, state in complete.items()})
         return []
+
+    def after_stack(self, final_hidden: Tensor) -> None:
+        """The pass is complete, and `final_hidden` [B, n, H] what the output head reads of it."""
+        complete = {name: torch.stack([getattr(view, name) for view in self.pass_so_far], dim=1) for name in STATES}
+        self.pass_so_far.clear()
+        before = torch.zeros_like(final_hidden[:, 0]) if self.last_final is None else self.last_final
+        complete[PREVIOUS_FINAL] = torch.cat([before.unsqueeze(1), final_hidden[:, :-1]], dim=1).flatten(0, 1)
+        self.last_final = final_hidden[:, -1]
+        for first in range(0, len(complete["hidden"]), self.shard_rows):
+            self._add({name: state[first : first + self.shard_rows] for name, state in complete.items()})
 
     def _add(self, states: dict[str, Tensor]) -> None:
         n_rows = len(states["hidden"])
@@ -76,7 +85,7 @@ class StateWriter(Predictor):
         if not self.rows:
             return
         with replacing(self.folder / f"states-{self.n_shards:03d}.safetensors") as aside:
-            save_file({name: torch.cat([row[name] for row in self.rows]) for name in STATES}, aside)
+            save_file({name: torch.cat([row[name] for row in self.rows]) for name in self.rows[0]}, aside)
         self.n_shards += 1
         self.rows, self.n_rows = [], 0
 
@@ -99,7 +108,7 @@ def collect(cfg: DictConfig, folder: Path) -> None:
     with runtime(cfg, store, None) as served:
         if writer is not None:
             served.predictor = writer
-        with attach(model, served):
+        with attach(model, served), listening(model, writer):
             index = _index(cfg, documents, served.model_fingerprint)
             _continue_or_begin(folder, index)
             _run_all(cfg, model, served, writer, documents, folder)
@@ -107,6 +116,21 @@ def collect(cfg: DictConfig, folder: Path) -> None:
     trace = joined([recording.trace(document) for document in recording.documents])
     trace.save(folder / TRACE)
     Console(stderr=True).print(f"{len(documents)} documents, {trace.n_tokens} tokens: {folder}")
+
+
+@contextmanager
+def listening(model: PreTrainedModel, writer: StateWriter | None) -> Iterator[None]:
+    """Tell `writer` what leaves the stack of layers, for the length of a `with` block."""
+    if writer is None:
+        yield
+        return
+    handle = model.get_decoder().register_forward_hook(
+        lambda decoder, args, output: writer.after_stack(output.last_hidden_state)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _run_all(
@@ -139,11 +163,13 @@ def _run(
     if writer is not None:
         writer.begin(place)
     n_passes = max(1, document.new_tokens)  # the first is the prompt's own
-    generate(model, document.token_ids, n_passes, temperature=cfg.workload.temperature, seed=cfg.seed + index)
-    if writer is not None:
-        if served.predictor is not writer:
-            raise ConfigError("writing states failed, as the warning above says: is the disk full?")
-        writer.flush()
+    draws = {"temperature": cfg.workload.temperature, "seed": cfg.seed + index}
+    try:
+        generate(model, document.token_ids, n_passes, **draws)
+        if writer is not None:
+            writer.flush()
+    except OSError as error:
+        raise RecordingError(f"{place}: the states could not be written ({error}); is the disk full?") from error
     place.mkdir(parents=True, exist_ok=True)
     served.recorder.trace({"document": document.name}).save(place / TRACE)
 

@@ -51,6 +51,7 @@ class AttentionView:
     sequence: int
     pre_attention: Tensor  # [T, H], the layer's normalised input
     token_ids: Tensor  # [T] int64
+    previous_final: Tensor | None = None  # as in `LayerView`
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,15 @@ class LayerView:
     topk_weights: Tensor  # [T, k]
     token_ids: Tensor  # [T] int64
     pre_attention: Tensor | None = None  # [T, H], this layer's normalised input before attention; unless `needs_pre_attention`
+    previous_final: Tensor | None = (
+        None  # [T, H], what the output head read of the token before each; unless `needs_previous_final`
+    )
 
     @property
     def before_attention(self) -> AttentionView:
         """What was known of this layer before its attention."""
         assert self.pre_attention is not None, "needs_pre_attention is set: the state must have been captured"
-        return AttentionView(self.layer, self.step, self.sequence, self.pre_attention, self.token_ids)
+        return AttentionView(self.layer, self.step, self.sequence, self.pre_attention, self.token_ids, self.previous_final)
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Predictor(ABC):
 
     needs_residual = False  # True: the runtime captures `LayerView.residual`
     needs_pre_attention = False  # True: the runtime captures `LayerView.pre_attention`
+    needs_previous_final = False  # True: the runtime captures `LayerView.previous_final`, which is None in a prefill
     before_attention = False  # True: `predict_before_attention` is called too; needs `needs_pre_attention`
     on_device = False  # True: it computes where the model does, and is handed that device's tensors; else the host's
     sees_every_call = False  # True: called even while every expert is on board and nothing can be prefetched

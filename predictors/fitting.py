@@ -20,7 +20,7 @@ from predictors.learned import LearnedPredictor, Truth
 from prefetch.errors import PredictorError
 
 ROWS_AT_ONCE = 4096  # tokens judged at a time
-FEATURES = ("hidden", "residual", "pre_attention")
+FEATURES = ("hidden", "residual", "pre_attention", "previous_final")
 
 
 @dataclass
@@ -109,7 +109,12 @@ def check_rows(predictor: LearnedPredictor, views: Sequence[LayerView], least: i
         raise PredictorError(
             f"too little {what} data: {n_rows} tokens, one batch needs {least}; record more documents or lower train.batch_rows"
         )
-    needed = {"hidden": True, "residual": predictor.needs_residual, "pre_attention": predictor.needs_pre_attention}
+    needed = {
+        "hidden": True,
+        "residual": predictor.needs_residual,
+        "pre_attention": predictor.needs_pre_attention,
+        "previous_final": predictor.needs_previous_final,
+    }
     for view in views:
         if view.topk_ids.shape[1] != model.top_k:
             raise PredictorError(
@@ -127,10 +132,10 @@ def truth_of(predictor: LearnedPredictor, view: LayerView) -> Truth:
 
 def rows_of(view: LayerView, rows: Tensor | slice) -> LayerView:
     """Some tokens of `view`."""
-    optional = [None if t is None else t[rows] for t in (view.residual, view.pre_attention)]
+    optional = [None if t is None else t[rows] for t in (view.residual, view.pre_attention, view.previous_final)]
     return LayerView(
         view.layer, view.step, view.sequence, view.hidden[rows], optional[0],
-        view.topk_ids[rows], view.topk_weights[rows], view.token_ids[rows], optional[1],
+        view.topk_ids[rows], view.topk_weights[rows], view.token_ids[rows], *optional[1:],
     )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ class Truth:
 class LearnedPredictor(Predictor):
     """Base of every trained family.
 
-    A family sets `name`, `needs_residual` and `needs_pre_attention` as it needs them, and implements `build` and `loss`; where its
+    A family sets `name` and the `needs_...` of `Predictor` as it needs them, and implements `build` and `loss`; where its
     network needs statistics of the data before training, also `prepare`.
     """
 
@@ -172,7 +172,7 @@ class OneHeadPerTarget(nn.Module):
 
 
 def read_feature(seen: LayerView | AttentionView, name: str) -> Tensor:
-    """One state of `seen` as float32 [T, H]: "hidden", "residual" or "pre_attention".
+    """One state of `seen` as float32 [T, H]: "hidden", "residual", "pre_attention" or "previous_final".
 
     Raises:
         PredictorError: it was not captured.

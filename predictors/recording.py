@@ -1,8 +1,9 @@
 """What the layers of a model saw over many documents, on disk: the data that predictors are trained and judged on.
 
 A recording is a folder: `recording.json` lists its documents, and each document has a folder of its own with `states-000.safetensors`,
-... (`hidden`, `residual`, `pre_attention` [rows, L, H], at most `shard_rows` rows each) and `trace.safetensors`, its routing. The
-trace is written last: a document without one is not finished. `experiments/collect.py` writes recordings.
+... (`hidden`, `residual`, `pre_attention` [rows, L, H] and `previous_final` [rows, H], at most `shard_rows` rows each) and
+`trace.safetensors`, its routing. The trace is written last: a document without one is not finished. `experiments/collect.py` writes
+recordings; those of before `previous_final` was recorded serve every predictor that does without it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ INDEX = "recording.json"
 TRACE = "trace.safetensors"
 FORMAT = "gatecast recording, version 1"
 STATES = ("hidden", "residual", "pre_attention")
+PREVIOUS_FINAL = "previous_final"  # zeros for the first token of a document, which has none before it
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Recording:
         return RoutingTrace.load(self.folder / document.folder_name / TRACE)
 
     def states(self, document: RecordedDocument) -> dict[str, Tensor]:
-        """The document's states by name, [rows, L, H] each in the model's dtype.
+        """The document's states by name, [rows, L, H] each in the model's dtype; `previous_final` [rows, H] where it was recorded.
 
         Raises:
             RecordingError: they were not recorded, or a file is damaged.
@@ -103,7 +105,7 @@ class Recording:
                 f"{self.folder}: document {document.name!r} has no states; record with collect.hidden_states=true"
             )
         read = [_read_states(part) for part in parts]
-        return {name: torch.cat([states[name] for states in read]) for name in STATES}
+        return {name: torch.cat([states[name] for states in read]) for name in read[0]}
 
     def rows(self, documents: Sequence[RecordedDocument], max_rows: int | None = None) -> list[LayerView]:
         """Per MoE layer one view of all tokens of `documents`, in order: the form in which predictors are trained.
@@ -126,9 +128,11 @@ class Recording:
         """What the runtime showed while the document ran, in order: forward pass by forward pass, layer by layer."""
         trace = self.trace(document)
         columns = self._columns(document, trace)
+        known_in_prefill = {name: column for name, column in columns.items() if name != PREVIOUS_FINAL}
         for forward in trace.forwards():
+            known = columns if forward.step else known_in_prefill
             for layer in range(trace.n_layers):
-                yield _view(columns, layer, forward.step, sequence, forward.rows)
+                yield _view(known, layer, forward.step, sequence, forward.rows)
 
     def _columns(self, document: RecordedDocument, trace: RoutingTrace) -> dict[str, Tensor]:
         columns = self.states(document)
@@ -170,13 +174,15 @@ def read_index(folder: Path) -> dict[str, Any] | None:
 
 def _view(columns: dict[str, Tensor], layer: int, step: int, sequence: int, rows: slice) -> LayerView:
     per_layer = {name: columns[name][rows, layer] for name in (*STATES, "topk_ids", "topk_weights")}
-    return LayerView(layer, step, sequence, token_ids=columns["token_ids"][rows], **per_layer)
+    previous_final = columns[PREVIOUS_FINAL][rows] if PREVIOUS_FINAL in columns else None
+    return LayerView(layer, step, sequence, token_ids=columns["token_ids"][rows], previous_final=previous_final, **per_layer)
 
 
 def _read_states(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in STATES}
+            names = (*STATES, PREVIOUS_FINAL) if PREVIOUS_FINAL in file.keys() else STATES  # noqa: SIM118, no mapping
+            return {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise RecordingError(
             f"{path}: the states are truncated or damaged ({error}); delete its folder and collect again"

@@ -96,6 +96,8 @@ def attach(model: PreTrainedModel, runtime: R) -> Iterator[R]:
             for layer, layer_module in enumerate(_moe_layers(model)):
                 norm = getattr(layer_module, family.pre_attention_norm)
                 undo.callback(norm.register_forward_hook(_before_attention(runtime, layer)).remove)
+        if runtime.predictor.needs_previous_final:
+            undo.callback(model.get_decoder().register_forward_hook(_after_stack(runtime)).remove)
         undo.callback(model.register_forward_pre_hook(_begin(runtime), with_kwargs=True).remove)
         undo.callback(model.register_forward_hook(_end(runtime)).remove)
         yield runtime
@@ -251,6 +253,13 @@ def _capture_residual(runtime: OffloadRuntime | DeviceRuntime) -> Callable:
 def _before_attention(runtime: OffloadRuntime | DeviceRuntime, layer: int) -> Callable:
     def hook(norm: nn.Module, args: tuple, output: Tensor) -> None:
         runtime.before_attention(layer, output.reshape(-1, output.shape[-1]))
+
+    return hook
+
+
+def _after_stack(runtime: OffloadRuntime) -> Callable:
+    def hook(decoder: nn.Module, args: tuple, output: Any) -> None:
+        runtime.after_stack(output.last_hidden_state)
 
     return hook
 

@@ -63,6 +63,8 @@ class OffloadRuntime:
         self.sequence, self.step = -1, 0
         self.residual: Tensor | None = None  # of the layer in progress, where the predictor asks for it
         self.pre_attention: Tensor | None = None  # likewise
+        self.last_final: Tensor | None = None  # [B, H], of each sequence's newest token that the whole stack has seen; likewise
+        self.previous_final: Tensor | None = None  # that of the forward pass before the one in progress
         self.early_s = 0.0  # spent on predicting before the attention of the layer in progress
         planner.bind(geometry)
 
@@ -76,16 +78,21 @@ class OffloadRuntime:
         if new_sequence:
             self.sequence, self.step = self.sequence + 1, 0
             self.predictor.start_sequence()
+            self.last_final = None
         else:
             self.step += 1
         self.tier.sequence, self.tier.step = self.sequence, self.step
         token_ids = token_ids.cpu()
-        self.token_ids = token_ids.to(self.predicts_on)
+        self.token_ids, self.previous_final = token_ids.to(self.predicts_on), self.last_final
         self.recorder.begin_forward(self.sequence, self.step, token_ids)
 
     def end_forward(self) -> None:
         """The forward pass is over."""
         self.recorder.end_forward()
+
+    def after_stack(self, final_hidden: Tensor) -> None:
+        """All layers have run; `final_hidden` [B, n, H] is what the output head reads of n tokens of each sequence."""
+        self.last_final = final_hidden[:, -1]
 
     def before_attention(self, layer: int, pre_attention: Tensor) -> None:
         """MoE layer `layer` is about to attend, with `pre_attention` [T, H] as its normalised input: predict where that is asked for.
@@ -96,7 +103,8 @@ class OffloadRuntime:
         if not self.predictor.before_attention or self._nothing_to_prefetch():
             return
         started = time.perf_counter()
-        seen = AttentionView(layer, self.step, self.sequence, pre_attention.to(self.predicts_on), self.token_ids)
+        states = pre_attention, self.token_ids, self.previous_final
+        seen = AttentionView(layer, self.step, self.sequence, *(self._for_predictor(state) for state in states))
         predictions = self._guarded(lambda: self.predictor.predict_before_attention(seen), layer)
         self._prefetch(predictions, layer, [], before_attention=True)
         self.early_s = time.perf_counter() - started
@@ -167,7 +175,7 @@ class OffloadRuntime:
         if type(self.predictor) is NoPredictor or self._nothing_to_prefetch():
             return
         started = time.perf_counter()
-        states = hidden, self.residual, ids, weights, self.token_ids, self.pre_attention
+        states = hidden, self.residual, ids, weights, self.token_ids, self.pre_attention, self.previous_final
         seen = LayerView(layer, self.step, self.sequence, *(self._for_predictor(state) for state in states))
         predictions = self._guarded(lambda: self.predictor.predict(seen), layer)
         self._prefetch(predictions, layer, computing)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from predictors.recording import Recording
@@ -55,6 +55,38 @@ def test_states_are_what_the_layers_saw(folder: Path) -> None:
         assert (ids.sort(-1).values == view.topk_ids.sort(-1).values).float().mean() > 0.999  # ties within rounding aside
     embedded = model.model.embed_tokens(rows[0].token_ids)
     torch.testing.assert_close(model.model.layers[0].input_layernorm(embedded), rows[0].pre_attention)
+
+
+def test_each_token_comes_with_what_the_output_head_read_of_the_one_before(folder: Path) -> None:
+    """Against the whole documents in one forward pass of plain transformers."""
+    recording = Recording(folder)
+    model = AutoModelForCausalLM.from_pretrained(REPOSITORY / "models" / "bytes-moe", dtype=torch.float32)
+    for document in recording.documents:
+        view = recording.rows([document])[0]
+        with torch.no_grad():
+            final = model.model(view.token_ids[None]).last_hidden_state[0]
+        expected = torch.cat([torch.zeros_like(final[:1]), final[:-1]])
+        torch.testing.assert_close(view.previous_final, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_comes_too_late_for_a_prefill_is_not_shown_in_it(folder: Path) -> None:
+    recording = Recording(folder)
+    (document,) = recording.split("held_out")
+    whole = recording.rows([document])[0].previous_final
+    assert whole is not None
+    for view in recording.views(document, 0):
+        known = view.previous_final
+        assert known is None if view.step == 0 else torch.equal(known, whole[39 + view.step][None])
+
+
+def test_a_recording_without_the_final_state_serves_what_does_without_it(copy: Path) -> None:
+    whole = Recording(copy)
+    expected = whole.rows(whole.documents)
+    for shard in copy.glob("document-*/states-*.safetensors"):
+        kept = {name: state for name, state in load_file(shard).items() if name != "previous_final"}
+        save_file(kept, shard)
+    for view, other in zip(whole.rows(whole.documents), expected, strict=True):
+        assert view.previous_final is None and torch.equal(view.hidden, other.hidden)
 
 
 def test_memory_is_bounded_by_a_shard(folder: Path) -> None:

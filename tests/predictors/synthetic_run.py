@@ -21,7 +21,7 @@ from predictors.lookahead import layers_ahead
 from predictors.quasi_hidden import QuasiHidden
 from prefetch.trace import RoutingTrace
 
-STATES = ("hidden", "residual", "topk_ids", "topk_weights", "token_ids", "pre_attention")
+STATES = ("hidden", "residual", "topk_ids", "topk_weights", "token_ids", "pre_attention", "previous_final")
 CONF = Path(__file__).resolve().parents[2] / "conf"
 N_LAYERS, N_EXPERTS, TOP_K, HIDDEN, PROMPT, DECODED = 4, 8, 2, 16, 5, 6
 
@@ -57,10 +57,11 @@ def make_run(n_sequences: int = 2, batch: int = 1, seed: int = 0) -> Run:
             n_tokens = batch * (1 if step else PROMPT)
             token_ids = torch.randint(50, (n_tokens,), generator=random)
             residual = before = torch.randn(n_tokens, HIDDEN, generator=random)
+            final = residual.roll(1, 1)  # of the token before, were this a model; one that says something of this token
             for layer in range(N_LAYERS):
                 hidden = model.pre_moe_norm[layer](residual)
                 weights, ids = model.router_logits[layer](hidden).softmax(-1).topk(TOP_K)
-                views.append(LayerView(layer, step, sequence, hidden, residual, ids, weights, token_ids, before))
+                views.append(LayerView(layer, step, sequence, hidden, residual, ids, weights, token_ids, before, final))
                 before = torch.nn.functional.rms_norm(residual, (HIDDEN,))
                 residual = residual + 0.2 * torch.randn(n_tokens, HIDDEN, generator=random)
     return Run(model, views, record(views))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from predictors.base import Predictor
+from predictors.lookahead import layers_ahead
 from prefetch.errors import ConfigError
 from tests.predictors.synthetic_run import CONF, N_LAYERS, check_contract, configured, make_run, show
 
@@ -57,8 +59,9 @@ def test_predicts_at_the_largest_lookahead(name: str) -> None:
     farthest = FARTHEST.get(name, N_LAYERS)
     predictor = configured("predictor", name, f"predictor.lookahead={farthest}")
     check_contract(predictor, make_run())
-    pairs = [(view.layer, p.layer) for view, predictions in show(predictor, make_run()) for p in predictions]
-    assert max((target - source - 1) % N_LAYERS + 1 for source, target in pairs) == farthest
+    ahead = partial(layers_ahead, n_layers=N_LAYERS, before_attention=predictor.before_attention)
+    distances = [ahead(view.layer, p.layer) for view, predictions in show(predictor, make_run()) for p in predictions]
+    assert max(distances) == farthest
 
 
 @pytest.mark.parametrize("name", WITH_LOOKAHEAD)
