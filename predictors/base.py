@@ -40,6 +40,9 @@ class ModelView:
         None  # per layer: router input [T, H] -> added for every token
     )
     device: torch.device = torch.device("cpu")  # where all of these compute
+    draft_head: Callable[[LayerView | AttentionView], Tensor] | None = (
+        None  # as `predictors.draft_head`, where the model has one
+    )
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,32 @@
 """Draft: a multi-token-prediction head's hidden state for the coming token names the experts of all its layers before the first runs.
 
-When token t has left the stack, its final state h_t says what is likely to come, and then token t + 1 itself is known. A draft head as in
-DeepSeek-V3 (arXiv 2412.19437, section 2.2) and Qwen3-Next joins the two, here with a gated MLP instead of its attention block:
+When token t has left the stack, its final state h_t says what is likely to come, and then token t + 1 itself is known. A draft head joins
+the two into a hidden state d of token t + 1 (`draft_head.py`), and logits of layer l = V_l norm(d). A checkpoint's own head is used
+as it is where a model adapter offers one; a model without gets a small one that is trained along with V. The idea of asking
+multi-token prediction is from DeepSeek-V3 (arXiv 2412.19437) and serving systems that prefetch by drafts (SP-MoE, arXiv 2510.10302); no
+draft token is made here: head and V are trained on the experts of the coming token, with binary cross-entropy.
 
-    f = M [norm(e); norm(h_t)],    d = f + D (silu(G norm(f)) * U norm(f)),    logits of layer l = V_l norm(d)
+It speaks while decoding only; in a prefill h_t comes too late. The whole stack is known at once, and each layer's guess is handed over
+`lookahead` layers before it is needed, or at the start of the forward pass where that is later.
 
-e is the coming token as the first MoE layer sees it before its attention, normalised: the embedding, where no dense layer is in
-front. No draft token is made: the head is trained on the experts of the coming token, with binary cross-entropy, M included. It speaks
-while decoding only; in a prefill h_t comes too late. The whole stack is known at once, and each layer's guess is handed over `lookahead`
-layers before it is needed, or at the start.
-
-Cost: 2 H^2 + 3 H width + 4 H + L E (H + 1) parameters, 2 FLOPs each per token, once per forward pass.
+Cost: H + L E (H + 1) parameters and those of the trained head, 2 FLOPs each per token, once per forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, silu
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from predictors.base import AttentionView, LayerView, ModelView, Prediction
-from predictors.learned import LearnedPredictor, Truth, read_feature
+from predictors.draft_head import TrainedDraftHead
+from predictors.learned import LearnedPredictor, Truth
 from predictors.lookahead import check_lookahead
-from prefetch.errors import ConfigError
+from prefetch.errors import ConfigError, PredictorError
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Draft(LearnedPredictor):
     """Logits for every layer of a forward pass, made before its first."""
 
     lookahead: int = 3  # layers ahead of its use that a guess is handed over, as far as the pass has begun by then
-    width: int = 384  # of the draft head's gated MLP
+    width: int = 384  # of the trained draft head's gated MLP
 
     while_running: ClassVar[frozenset[str]] = frozenset({"weights", "lookahead"})
     pending: list[Prediction] = field(default_factory=list, init=False, repr=False)  # of this pass, not handed over yet
@@ -65,9 +65,10 @@ class Draft(LearnedPredictor):
         return dict.fromkeys(range(self.model.n_layers), 0)
 
     def build(self) -> nn.Module:
-        """The draft head and one linear map for all layers' experts."""
+        """The map to the experts, and a draft head where the model has none."""
         model = self.model
-        return DraftNetwork(model.hidden_size, self.width, model.n_layers, model.n_experts)
+        head = TrainedDraftHead(model.hidden_size, self.width) if model.draft_head is None else None
+        return DraftNetwork(head, model.hidden_size, model.n_layers, model.n_experts)
 
     def loss(self, logits: Tensor, truth: Truth) -> Tensor:
         """Mean binary cross-entropy over tokens and experts."""
@@ -75,8 +76,11 @@ class Draft(LearnedPredictor):
 
     def logits(self, views: Sequence[LayerView]) -> dict[int, Tensor]:
         """Layer -> [N, E], all from what was known before the first layer."""
-        assert self.network is not None, "fit or bind comes first"
-        return dict(enumerate(self.network(views[0]).unbind(1)))
+        return dict(enumerate(self._whole_stack(views[0]).unbind(1)))
+
+    def identity(self) -> dict[str, Any]:
+        """Weights for a model's own draft head say nothing of another's."""
+        return super().identity() | {"draft head": "trained" if self.model.draft_head is None else "the model's own"}
 
     @torch.inference_mode()
     def predict_before_attention(self, seen: AttentionView) -> list[Prediction]:
@@ -84,8 +88,7 @@ class Draft(LearnedPredictor):
         if seen.step == 0:
             return []
         if seen.layer == 0:
-            assert self.network is not None, "bind comes first"
-            self.pending = [Prediction(layer, scores) for layer, scores in enumerate(self.network(seen).float().unbind(1))]
+            self.pending = [Prediction(layer, scores) for layer, scores in enumerate(self._whole_stack(seen).unbind(1))]
         in_reach = [prediction for prediction in self.pending if prediction.layer <= seen.layer + self.lookahead]
         self.pending = self.pending[len(in_reach) :]
         return in_reach
@@ -94,30 +97,32 @@ class Draft(LearnedPredictor):
         """Nothing: all that the draft says is known before."""
         return []
 
+    def _whole_stack(self, seen: LayerView | AttentionView) -> Tensor:
+        """Logits [T, L, E] float32 from what the first layer sees before its attention."""
+        assert isinstance(self.network, DraftNetwork), "fit or bind comes first"
+        head = self.model.draft_head or self.network.head
+        assert head is not None, "a model without a draft head gets one in `build`"
+        state = head(seen).float()
+        if state.shape != (len(seen.token_ids), self.model.hidden_size):
+            raise PredictorError(
+                f"the model's draft head gave a state of shape {tuple(state.shape)}, expected "
+                f"({len(seen.token_ids)}, {self.model.hidden_size}), one row per token"
+            )
+        logits: Tensor = self.network(state)
+        return logits
+
 
 class DraftNetwork(nn.Module):
-    """(previous_final [T, H], pre_attention of the first MoE layer [T, H]) -> logits [T, L, E]."""
+    """The draft head, unless the model has its own, and one linear map from its state to all layers' experts."""
 
-    def __init__(self, hidden_size: int, width: int, n_layers: int, n_experts: int):
+    def __init__(self, head: nn.Module | None, hidden_size: int, n_layers: int, n_experts: int):
         super().__init__()
-        self.norm_final, self.norm_token = nn.RMSNorm(hidden_size), nn.RMSNorm(hidden_size)
-        self.join = nn.Linear(2 * hidden_size, hidden_size, bias=False)
-        self.norm_mlp, self.norm_out = nn.RMSNorm(hidden_size), nn.RMSNorm(hidden_size)
-        self.gate_up = nn.Linear(hidden_size, 2 * width, bias=False)
-        self.down = nn.Linear(width, hidden_size, bias=False)
+        self.head = head
+        self.norm = nn.RMSNorm(hidden_size)
         self.experts = nn.Linear(hidden_size, n_layers * n_experts)
         self.stack = n_layers, n_experts
 
-    def draft_state(self, seen: LayerView | AttentionView) -> Tensor:
-        """The draft head's hidden state [T, H] for the coming tokens."""
-        final = self.norm_final(read_feature(seen, "previous_final"))
-        token = self.norm_token(read_feature(seen, "pre_attention"))
-        joined = self.join(torch.cat([token, final], dim=1))
-        gate, up = self.gate_up(self.norm_mlp(joined)).chunk(2, dim=1)
-        state: Tensor = joined + self.down(silu(gate) * up)
-        return state
-
-    def forward(self, seen: LayerView | AttentionView) -> Tensor:
-        """Logits [T, L, E]."""
-        logits: Tensor = self.experts(self.norm_out(self.draft_state(seen)))
+    def forward(self, state: Tensor) -> Tensor:
+        """A draft head's state [T, H] -> logits [T, L, E]."""
+        logits: Tensor = self.experts(self.norm(state))
         return logits.unflatten(1, self.stack)

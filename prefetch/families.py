@@ -38,6 +38,7 @@ class Family:
     router: str = "gate"  # attribute of the MoE block; its `weight` is [E, H]
     shared_expert: str = "shared_expert"  # attribute of the MoE block, where a model has one
     shared_expert_gate: str = "shared_expert_gate"  # likewise: its sigmoid, [T, 1], weighs the shared expert
+    draft_head: str = "draft_head"  # attribute of the model, where an adapter gives it one (see predictors/draft_head.py)
     pre_gate: str = "model.layers.{layer}.mlp.pre_gate.weight"  # [E, H], where a checkpoint ships pre-gates
 
 

@@ -118,7 +118,13 @@ def model_view(model: PreTrainedModel, family: Family, geometry: MoEGeometry, de
         _pre_gate_view(model.pre_gates, routers, device) if model.pre_gates is not None else None,
         _shared_experts(blocks, family, device),
         device,
+        _draft_head(model, family, device),
     )
+
+
+def _draft_head(model: PreTrainedModel, family: Family, device: torch.device) -> Any:
+    head = getattr(model, family.draft_head, None)
+    return _on(device, head) if isinstance(head, nn.Module) else head
 
 
 def _on(device: torch.device, module: Any) -> Any:

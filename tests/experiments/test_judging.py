@@ -17,6 +17,7 @@ from experiments.config import register
 from experiments.judging import judge, samples
 from experiments.model_view import load_model_view
 from predictors.base import LayerView, Prediction, Predictor
+from predictors.draft import Draft
 from predictors.pre_attention import PreAttention
 from predictors.recording import Recording
 from prefetch.errors import PredictorError
@@ -26,7 +27,7 @@ REPOSITORY = Path(__file__).parents[2]
 WORKLOAD = ["workload.n_prompts=2", "workload.warmup_batches=0", "workload.new_tokens=8", "workload.max_prompt_tokens=48"]
 ONE_ARM = [*(f"arms.{name}=null" for name in ("on_demand", "oracle", "resident")), "repeats=1", "check_tokens=false"]
 HISTORIES = ["popularity", "previous_token", "co_occurrence", "token_id", "activation_matrices", "random_guess"]
-LIVE = [*HISTORIES, "gate_reuse", "fate", "quasi_hidden", "shuffled_gate", "corrected_gate", "margin_gate"]
+LIVE = [*HISTORIES, "gate_reuse", "fate", "quasi_hidden", "shuffled_gate", "corrected_gate", "margin_gate", "draft"]
 
 
 def run(module: str, *overrides: str) -> None:
@@ -45,9 +46,21 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def knobs(tmp_path_factory: pytest.TempPathFactory, model: tuple) -> dict[str, str]:
+    """What a family needs besides its name: weights, where none are shipped; any will do."""
+    draft, path = Draft(), tmp_path_factory.mktemp("weights") / "draft.safetensors"
+    draft.use(model[0])
+    torch.manual_seed(0)
+    draft.network = draft.build()
+    draft.save(path, {})
+    return {"draft": f"weights={path}"}
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory, knobs: dict[str, str]) -> Path:
     folder = tmp_path_factory.mktemp("live")
-    arms = [f"+arms.{name}=['predictor={name}']" for name in LIVE if name != "gate_reuse"]
+    also = {name: f",'predictor.{knob}'" for name, knob in knobs.items()}
+    arms = [f"+arms.{name}=['predictor={name}'{also.get(name, '')}]" for name in LIVE if name != "gate_reuse"]
     run("experiments.decode", "predictor=gate_reuse", *ONE_ARM, *arms, f"hydra.run.dir={folder}")
     return folder
 
@@ -66,9 +79,11 @@ def composed(name: str) -> Predictor:
 
 
 @pytest.mark.parametrize("name", LIVE)
-def test_live_and_judged_guesses_are_the_same(name: str, recording: Recording, live: Path, model: tuple) -> None:
+def test_live_and_judged_guesses_are_the_same(
+    name: str, recording: Recording, live: Path, model: tuple, knobs: dict[str, str]
+) -> None:
     view, geometry = model
-    predictor = composed(name)
+    predictor = composed(f"{name} {knobs.get(name, '')}")
     predictor.bind(view)
     traces = [judged.trace for judged in judge(predictor, recording, recording.split("workload"), geometry)]
     arm = "predicted" if name == "gate_reuse" else name

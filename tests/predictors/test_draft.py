@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from predictors.base import LayerView
+from predictors.base import AttentionView, LayerView
 from predictors.draft import Draft, DraftNetwork
+from predictors.draft_head import TrainedDraftHead
 from predictors.fitting import FitOptions, fit
 from prefetch.errors import ConfigError, PredictorError
 from tests.predictors.synthetic_run import HIDDEN, N_EXPERTS, N_LAYERS, TOP_K, Run, make_run, show, views_per_layer
@@ -35,31 +36,38 @@ def normed(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def test_the_network_is_its_equations(run: Run) -> None:
-    """Against numpy in float64, written from the module's docstring."""
+    """Against numpy in float64, written from the docstrings."""
+    draft = Draft(width=24)
+    draft.use(run.model)
     torch.manual_seed(0)
-    network = DraftNetwork(HIDDEN, 24, N_LAYERS, N_EXPERTS)
-    for norm in (network.norm_final, network.norm_token, network.norm_mlp, network.norm_out):
-        torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
-    w = {name: tensor.numpy().astype(np.float64) for name, tensor in network.state_dict().items()}
+    draft.network = draft.build().requires_grad_(False)
+    w = {}
+    for name, tensor in draft.network.state_dict().items():
+        if "norm" in name:
+            tensor.uniform_(0.5, 2.0)  # the network's own memory: fresh norms would hide a mix-up
+        w[name.removeprefix("head.")] = tensor.double().numpy()
     view = views_per_layer(run)[0]
     assert view.pre_attention is not None and view.previous_final is not None
-    token = normed(view.pre_attention.numpy().astype(np.float64), w["norm_token.weight"])
-    final = normed(view.previous_final.numpy().astype(np.float64), w["norm_final.weight"])
+    token = normed(view.pre_attention.double().numpy(), w["norm_token.weight"])
+    final = normed(view.previous_final.double().numpy(), w["norm_final.weight"])
     joined = np.concatenate([token, final], axis=1) @ w["join.weight"].T
-    inner = normed(joined, w["norm_mlp.weight"]) @ w["gate_up.weight"].T
+    inner = normed(joined, w["norm_joined.weight"]) @ w["gate_up.weight"].T
     gate, up = inner[:, :24], inner[:, 24:]
     state = joined + (gate / (1 + np.exp(-gate)) * up) @ w["down.weight"].T
-    logits = normed(state, w["norm_out.weight"]) @ w["experts.weight"].T + w["experts.bias"]
-    with torch.no_grad():
-        found = network(view)
-    assert found.shape == (len(view.token_ids), N_LAYERS, N_EXPERTS)
-    np.testing.assert_allclose(found.flatten(1).numpy(), logits, rtol=1e-4, atol=1e-5)
+    logits = normed(state, w["norm.weight"]) @ w["experts.weight"].T + w["experts.bias"]
+    found = draft.logits(views_per_layer(run))
+    assert set(found) == set(range(N_LAYERS))
+    for layer, expected in enumerate(np.split(logits, N_LAYERS, axis=1)):
+        np.testing.assert_allclose(found[layer].numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 @given(hidden=st.integers(1, 40), width=st.integers(1, 40), layers=st.integers(1, 5), experts=st.integers(1, 9))
 def test_parameters_are_as_documented(hidden: int, width: int, layers: int, experts: int) -> None:
-    counted = sum(p.numel() for p in DraftNetwork(hidden, width, layers, experts).parameters())
-    assert counted == 2 * hidden**2 + 3 * hidden * width + 4 * hidden + layers * experts * (hidden + 1)
+    def counted(network: torch.nn.Module) -> int:
+        return sum(p.numel() for p in network.parameters())
+
+    assert counted(TrainedDraftHead(hidden, width)) == 2 * hidden**2 + 3 * hidden * width + 3 * hidden
+    assert counted(DraftNetwork(None, hidden, layers, experts)) == hidden + layers * experts * (hidden + 1)
 
 
 @pytest.mark.parametrize("lookahead", range(1, N_LAYERS))
@@ -105,6 +113,33 @@ def test_it_reads_both_the_token_and_what_came_before() -> None:
     draft = Draft(width=32)
     found = fit(draft, make_run().model, cases(0, 2048), cases(1, 256), FitOptions(epochs=30, batch_rows=64))
     assert max(found.recalls) > 0.95  # either feature alone: a quarter
+
+
+def own_head(seen: LayerView | AttentionView) -> torch.Tensor:
+    """A model's own draft head, of any kind that answers token by token."""
+    assert seen.previous_final is not None
+    return seen.previous_final.flip(1) + seen.token_ids[:, None] / 50
+
+
+def test_a_models_own_draft_head_is_used_as_it_is(run: Run, trained: Draft, tmp_path: Path) -> None:
+    model = dataclasses.replace(run.model, draft_head=own_head)
+    views, draft = views_per_layer(run), Draft()
+    fit(draft, model, views, views, FitOptions(epochs=2, batch_rows=8))
+    assert draft.n_parameters() == HIDDEN + N_LAYERS * N_EXPERTS * (HIDDEN + 1)  # no head was trained
+    assert draft.network is not None
+    w = {name: tensor.double().numpy() for name, tensor in draft.network.state_dict().items()}
+    expected = normed(own_head(views[0]).double().numpy(), w["norm.weight"]) @ w["experts.weight"].T + w["experts.bias"]
+    found = torch.cat(list(draft.logits(views).values()), dim=1)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
+    draft.save(tmp_path / "own.safetensors", {})
+    with pytest.raises(PredictorError, match="trained for draft head=\"the model's own\", here it is 'trained'"):
+        Draft(weights=str(tmp_path / "own.safetensors")).bind(run.model)
+
+
+def test_an_own_draft_head_that_gives_another_shape_is_refused(run: Run) -> None:
+    model = dataclasses.replace(run.model, draft_head=lambda seen: own_head(seen)[:, 1:])
+    with pytest.raises(PredictorError, match=r"draft head gave a state of shape \(\d+, 15\), expected \(\d+, 16\)"):
+        fit(Draft(), model, views_per_layer(run), views_per_layer(run), FitOptions(epochs=1, batch_rows=8))
 
 
 def test_a_prefill_is_left_open(trained: Draft, run: Run) -> None:
