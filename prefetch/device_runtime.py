@@ -75,6 +75,8 @@ class DeviceRuntime:
         self.sequence, self.step = -1, 0
         self.residual: Tensor | None = None
         self.pre_attention: Tensor | None = None
+        self.last_final: Tensor | None = None
+        self.previous_final: Tensor | None = None
 
     def bind(self, model: ModelView) -> None:
         """Tell the predictor about the model."""
@@ -86,10 +88,16 @@ class DeviceRuntime:
         self.token_ids = token_ids
         if new_sequence:
             self.predictor.start_sequence()
+            self.last_final = None
+        self.previous_final = self.last_final
 
     def end_forward(self) -> None:
         """The forward pass is over: all of its work is on the current stream again, as the end of a graph's capture requires."""
         self._await_prefetches()
+
+    def after_stack(self, final_hidden: Tensor) -> None:
+        """All layers have run; `final_hidden` [B, n, H] is what the output head reads of n tokens of each sequence."""
+        self.last_final = final_hidden[:, -1]
 
     def before_attention(self, layer: int, pre_attention: Tensor) -> None:
         """What MoE layer `layer` is about to attend with, [T, H]."""
@@ -99,9 +107,8 @@ class DeviceRuntime:
         """The MoE layer's output [T, H] from the router's input [T, H] and choice [T, k]; enqueued, and nothing waited for."""
         if topk_ids.numel() > self.spare:
             return moe_mlp(MoECall(hidden, topk_ids, topk_weights, self.in_place, layer), missed=self.missed)
-        seen = LayerView(
-            layer, self.step, self.sequence, hidden, self.residual, topk_ids, topk_weights, self.token_ids, self.pre_attention
-        )
+        states = hidden, self.residual, topk_ids, topk_weights, self.token_ids, self.pre_attention, self.previous_final
+        seen = LayerView(layer, self.step, self.sequence, *states)
         return self.planned_call(layer, hidden, topk_ids, topk_weights, self._guesses(layer, self.predictor.predict(seen)))
 
     def planned_call(

@@ -263,7 +263,7 @@ def _before_attention(runtime: OffloadRuntime | DeviceRuntime, layer: int) -> Ca
     return hook
 
 
-def _after_stack(runtime: OffloadRuntime) -> Callable:
+def _after_stack(runtime: OffloadRuntime | DeviceRuntime) -> Callable:
     def hook(decoder: nn.Module, args: tuple, output: Any) -> None:
         runtime.after_stack(output.last_hidden_state)
 
