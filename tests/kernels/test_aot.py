@@ -65,6 +65,26 @@ def test_what_the_machine_code_satisfies(compiled: list[dict[str, str]]) -> None
             assert int(row["tensor_core_instructions"]) > 0 and int(row["wide_loads"]) > 0, row
 
 
+def test_no_wgmma_on_codes_has_an_operand_in_registers(tmp_path: Path) -> None:
+    """ptxas up to 12.9 breaks those. Such an operand is a second list of registers, after the accumulators'."""
+    script = """
+import torch, triton
+from kernels.compile_case import meta_outputs, quantised_calls
+from kernels.grouped_mlp import grouped_launches
+from kernels.machine_code import PARTS, specialise
+for name, call in list(quantised_calls(tokens=(512,)))[:5]:
+    for launch in grouped_launches(call, *meta_outputs(call))[1:3]:
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        ptx = triton.compile(specialise(launch), target=PARTS["sm_90"].target, options=options).asm["ptx"]
+        found = [line for line in ptx.split(";") if "wgmma.mma_async" in line]
+        print(len(found), max(line.count("{") for line in found))
+"""
+    done = run_python("-c", script, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    counts = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(counts) == 10 and all(n_wgmma > 0 and n_lists == 1 for n_wgmma, n_lists in counts)
+
+
 def test_each_fault_is_reported() -> None:
     good = Report("k", "c", "gfx942", num_warps=4, registers=128, spill_bytes=0, shared_bytes=65536, wide_loads=1, tensor_core_instructions=1)  # fmt: skip
     strict = Expectations(max_registers=128, wide_loads=True, tensor_cores=True)
