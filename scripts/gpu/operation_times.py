@@ -55,12 +55,12 @@ def _times_of(cases: list[Case], name: str, shape: MoEShape, n_tokens: int) -> I
         return
     n_bytes = sum(case.reads.numel() for case in cases if case.reads is not None) / len(cases)
     roof_us = time_calls([_reader(case.reads) for case in cases if case.reads is not None]).us if n_bytes else None
-    for provider, calls in (("ours", [case.ours for case in cases]), ("torch", [case.peer for case in cases])):
-        present = [call for call in calls if call is not None]
-        if not present:
-            continue
+    providers = {"ours": [case.ours for case in cases]} | {
+        peer: [case.peers[peer] for case in cases] for peer in cases[0].peers
+    }
+    for provider, calls in providers.items():
         try:
-            yield KernelTime(shape.name, n_tokens, provider, time_calls(present), n_bytes, roof_us, None, name)
+            yield KernelTime(shape.name, n_tokens, provider, time_calls(calls), n_bytes, roof_us, None, name)
         except Exception as failure:  # one that cannot run here must not end the run
             reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
             yield KernelTime(shape.name, n_tokens, provider, None, n_bytes, roof_us, reason, name)

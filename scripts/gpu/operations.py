@@ -6,7 +6,8 @@ An `Operation` makes problems; a problem has both callables, the exact answer, a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class Case:
 
     ours: Callable[[], Tensor]
     exact: Callable[[], Tensor]  # in float64, or integers
-    peer: Callable[[], object] | None = None  # PyTorch in the weights' dtype
+    peers: dict[str, Callable[[], object]] = field(default_factory=dict)  # what others offer, in the weights' dtype
     reads: Tensor | None = (
         None  # uint8 [rows, bytes], what any implementation reads from memory; None where that is next to nothing
     )
@@ -103,7 +104,7 @@ def _router(n_heads: int) -> MakeCase:
         return Case(
             lambda: route_and_predict(call, out, arrivals).logits,
             lambda: route_and_predict_reference(call, torch.float64).logits,
-            peer,
+            {"torch": peer},
             _as_rows(weights),
         )
 
@@ -129,7 +130,7 @@ def _predict_mlp(shape: MoEShape, n_tokens: int, dtype: torch.dtype, device: str
     return Case(
         lambda: predict_mlp(call, out, arrivals).logits,
         lambda: predict_mlp_reference(call, shape.top_k, torch.float64).logits,
-        lambda: predict_mlp_reference(call, shape.top_k, dtype),
+        {"torch": lambda: predict_mlp_reference(call, shape.top_k, dtype)},
         _as_rows(head.entry),
     )
 
@@ -149,7 +150,7 @@ def _corrected_gate(shape: MoEShape, n_tokens: int, dtype: torch.dtype, device: 
     return Case(
         lambda: predict_corrected_gate(call, out, arrivals).logits,
         lambda: predict_corrected_gate_reference(call, shape.top_k, torch.float64).logits,
-        peer,
+        {"torch": peer},
         _as_rows(entry),
     )
 
@@ -183,7 +184,23 @@ def _cache_plan(shape: MoEShape, n_tokens: int, dtype: torch.dtype, device: str,
         cache_plan_reference(expected, 0, ids, predicted)
         return expected.slot_of
 
-    return Case(ours, exact)
+    return Case(ours, exact, _flashlib(shape, ids, n_slots))
+
+
+def _flashlib(shape: MoEShape, ids: Tensor, n_slots: int) -> dict[str, Callable[[], object]]:
+    """flashlib 0.4's LRU admission (Apache-2.0) over as many slots, where that package is installed: plain LRU, no predictions."""
+    try:
+        from flashlib.kernels.slot_cache.triton.lru_ensure import lru_ensure
+    except ImportError:
+        return {}
+    integers: dict[str, Any] = {"dtype": torch.int32, "device": ids.device}
+    query = ids.flatten().contiguous()  # of layer 0: expert ids are keys
+    slot_of = torch.full((shape.n_layers * shape.n_experts,), -1, **integers)
+    key_of, used = torch.full((n_slots,), -1, **integers), torch.zeros(n_slots, **integers)
+    step, slots = torch.zeros((), **integers), torch.empty_like(query)
+    source, target = torch.empty_like(query), torch.empty_like(query)
+    n_copies = torch.zeros((), dtype=torch.int64, device=ids.device)
+    return {"flashlib lru_ensure": lambda: lru_ensure(query, slot_of, key_of, used, step, slots, source, target, n_copies)}
 
 
 def _quantised(how: QuantFormat) -> MakeCase:
@@ -204,7 +221,7 @@ def _quantised(how: QuantFormat) -> MakeCase:
         return Case(
             lambda: moe_mlp(call),
             lambda: moe_mlp_reference(call, torch.float64)[0],
-            None,
+            {},
             pool[ids.unique().long()].contiguous(),
         )
 
