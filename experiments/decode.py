@@ -234,6 +234,7 @@ def after_warmup(record: RunRecord, n_batches: int) -> RunRecord:
 def _results(
     cfg: DictConfig, arms: dict[str, Measured], store: ExpertStore, link_bytes_per_s: float, *, lossless: bool
 ) -> Results:
+    how = quant_format(cfg.model)
     any_run = next(arm.last for arm in arms.values() if arm.last is not None)
     budget = slot_budget(next((a.cfg for a in arms.values() if a.role == BASELINE), cfg), store.geometry)
     trace = any_run.trace
@@ -258,7 +259,7 @@ def _results(
         bounds={BELADY: belady.hit_rate},
         slots=budget.n_slots,
         slots_fraction=budget.n_slots / store.geometry.n_total,
-        experts=store.geometry.expert.format_name,
+        quantised=None if how is None else str(how),
         peak_rss_bytes=max(arm.last.peak_rss_bytes for arm in arms.values() if arm.last is not None),
     )
 

@@ -207,6 +207,8 @@ def _legend(figure: Figure, look_of: dict[str, Look]) -> None:
 def _conditions(runs: Sequence[Results]) -> str:
     fractions = {run.slots_fraction for run in runs}
     slots = f", {100 * fractions.pop():.0f} % slots" if len(fractions) == 1 else ""
+    formats = sorted(run.quantised for run in runs if run.quantised)
+    slots += f", experts in {' or '.join(dict.fromkeys(formats))}" if formats else ""
     return slots + (", emulated link" if any(run.emulated for run in runs) else "")
 
 

@@ -1,7 +1,7 @@
 """The result folder's format: what `results.json` holds, typed. Experiments write it; tables, plots and reports read it.
 
 The file:
-    {"schema": 1, "config": {...}, "provenance": {...}, "slots": 64, "slots_fraction": 0.25, "experts": "float32", "peak_rss_bytes": 1000000000,
+    {"schema": 1, "config": {...}, "provenance": {...}, "slots": 64, "slots_fraction": 0.25, "quantised": null, "peak_rss_bytes": 1000000000,
      "bounds": {"belady_hit_rate_simulated": 0.71},
      "arms": {"slru": {"role": "baseline", "repeats": [{"tokens_per_s": 41.2, ...}, ...], "lossless": true,
                        "emulated": false, "quality": null | {"overall": [{...}], "per_layer": [{...}]}}, ...}}
@@ -84,8 +84,8 @@ class Results:
     bounds: dict[str, float]  # figures of replays, never of a clock; their names say so
     slots: int
     slots_fraction: float  # of all experts
-    experts: str | None = (
-        None  # what they are packed as, e.g. "float32" or "int4 per 32 of float32"; None: an older run did not say
+    quantised: str | None = (
+        None  # how the experts are, e.g. "int4 per 32": lossy against the original model; None: they are not
     )
     peak_rss_bytes: int | None = None  # of the whole process, all arms
     name: str = field(default="", compare=False)  # the folder it was read from
@@ -159,7 +159,7 @@ def _from_json(content: dict[str, Any], name: str) -> Results:
         bounds={bound: _number(value) for bound, value in content["bounds"].items()},
         slots=int(content["slots"]),
         slots_fraction=float(content["slots_fraction"]),
-        experts=content.get("experts"),
+        quantised=content.get("quantised"),
         peak_rss_bytes=content.get("peak_rss_bytes"),
         name=name,
     )

@@ -25,7 +25,7 @@ SPEED = "Speed"
 TRAFFIC = "Guesses, hits and traffic of decoding"
 FOOTNOTE = (
     f"median [lowest, highest] of the repeats; {NOT_MEASURED} = not measured; ≈ = no difference from the baseline beyond the "
-    "repeats' spread; lossless ✓ = the tokens of the unmodified model, its experts in the same format"
+    "repeats' spread; lossless ✓ = the tokens of the unmodified model"
 )
 METRICS = (
     "tokens_per_s", "tpot_mean_s", "tpot_median_s", "tpot_p95_s", "ttft_s",
@@ -59,7 +59,7 @@ def rich_comparison(results: Results) -> Group:
     return Group(
         _rich(f"{SPEED}, {_conditions(results)}", _speed_rows(results)),
         _rich(TRAFFIC, _traffic_rows(results)),
-        Text(FOOTNOTE, style="dim"),
+        Text(_footnote(results), style="dim"),
     )
 
 
@@ -70,7 +70,7 @@ def markdown_comparison(results: Results) -> str:
         _markdown(_speed_rows(results)),
         f"**{TRAFFIC}**",
         _markdown(_traffic_rows(results)),
-        FOOTNOTE,
+        _footnote(results),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -183,10 +183,16 @@ def _baseline_name(results: Results) -> str:
 
 def _conditions(results: Results) -> str:
     link = "emulated link" if results.emulated else "measured"
-    experts = f", {results.experts}" if results.experts else ""
+    experts = f", {results.quantised}" if results.quantised else ""
     return (
         f"{results.slots} slots = {results.slots_fraction:.0%} of all experts{experts}, {link}, {_n_repeats(results)} repeats"
     )
+
+
+def _footnote(results: Results) -> str:
+    if results.quantised is None:
+        return FOOTNOTE
+    return f"{FOOTNOTE} with its experts quantised in the same way ({results.quantised}), lossy against the original"
 
 
 def _n_repeats(results: Results) -> str:

@@ -72,6 +72,14 @@ def test_emulated_runs_are_called_emulated() -> None:
     assert set(comparison(mixed)["conditions"]) == {"measured", "emulated", "simulated"}
 
 
+def test_quantised_runs_name_their_format_and_what_lossless_means() -> None:
+    quantised = dataclasses.replace(make_results(), quantised="int4 per 32")
+    for text in (markdown_comparison(quantised), text_of(quantised, 140)):
+        assert "of all experts, int4 per 32, measured" in text
+        assert "quantised in the same way (int4 per 32), lossy against the original" in " ".join(text.split())
+    assert "quantised" not in markdown_comparison(make_results())
+
+
 def test_what_is_within_the_spread_is_marked() -> None:
     results = make_results()
     noisy = [
