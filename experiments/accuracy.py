@@ -24,6 +24,7 @@ from rich.console import Console
 from experiments import launch
 from experiments.accuracy_plots import draw
 from experiments.accuracy_tables import Tables, as_markdown, tables_of
+from experiments.arm import preload_order
 from experiments.atomic import write_json, write_text
 from experiments.config import ModelConfig, TrackingConfig, check_predictor, compose_policy, repository_path
 from experiments.findings import Courtroom, Findings, examine
@@ -33,8 +34,9 @@ from experiments.provenance import provenance
 from experiments.residency import Snapshots, all_snapshots
 from experiments.tracking import Tracker
 from experiments.train import split_by_source
-from predictors.base import Predictor
+from predictors.base import ModelView, Predictor
 from predictors.recording import Recording
+from prefetch.cache.warm_start import warm_start
 from prefetch.errors import ConfigError
 from prefetch.geometry import MoEGeometry
 from prefetch.slots import parse_slots
@@ -120,18 +122,20 @@ def _court(cfg: DictConfig) -> Courtroom:
     held = {}
     with progress_bar("replaying caches", len(documents)) as advance:
         for split, group in documents.items():
-            held[split] = _held(cfg, [recording.trace(document) for document in group], geometry)
+            held[split] = _held(cfg, [recording.trace(document) for document in group], model, geometry)
             advance()
     return Courtroom(recording, model, geometry, documents, held, calibration)
 
 
-def _held(cfg: DictConfig, traces: list[RoutingTrace], geometry: MoEGeometry) -> dict[str, list[Snapshots]]:
-    """Per cache of `cfg.caches`, what it holds while the documents run; every split begins with an empty cache."""
+def _held(cfg: DictConfig, traces: list[RoutingTrace], model: ModelView, geometry: MoEGeometry) -> dict[str, list[Snapshots]]:
+    """Per cache of `cfg.caches`, what it holds while the documents run; every split begins with an empty or preloaded cache."""
     found = {}
     for name, description in cfg.caches.items():
         policy_name, *knobs = description.split()
-        cache = compose(overrides=[f"+cache={policy_name}", *(f"cache.{knob}" for knob in knobs)]).cache
+        given = [f"+model.path={cfg.model.path}", *(f"cache.{knob}" for knob in knobs)]
+        cache = compose(overrides=[f"+cache={policy_name}", *given]).cache
         policy = compose_policy(cache, parse_slots(cache.slots, geometry), geometry.n_layers)
+        warm_start(policy, preload_order(cache, model))
         found[name] = all_snapshots(policy, traces)
     return found
 

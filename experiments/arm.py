@@ -16,17 +16,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from experiments.backend import backend, build_source
-from experiments.config import compose_policy
+from experiments.config import compose_policy, repository_path
 from experiments.generation import Generation, generate_all
 from experiments.workload import Batch
+from predictors import hot_experts
+from predictors.base import ModelView
 from predictors.none import NoPredictor
 from prefetch.cache.base import CachePolicy
 from prefetch.cache.none import NoCache
 from prefetch.cache.resident import Resident
 from prefetch.errors import CapacityError
+from prefetch.families import family_of
 from prefetch.fast_tier import FastTier
 from prefetch.geometry import ExpertKey, MoEGeometry
-from prefetch.model import attach
+from prefetch.model import attach, model_view
 from prefetch.planner.none import NoPrefetch
 from prefetch.recorder import RunRecord
 from prefetch.runtime import OffloadRuntime
@@ -89,6 +92,17 @@ def build_policy(cfg: DictConfig, budget: SlotBudget, geometry: MoEGeometry) -> 
     return compose_policy(cfg.cache, budget.capacity, geometry.n_layers)
 
 
+def preload_order(cache: DictConfig, model: ModelView) -> list[ExpertKey]:
+    """The experts that `cache` begins with, hottest first; more than fit, of which the policy keeps the first.
+
+    Raises:
+        PredictorError: the table of hot experts is missing, damaged, or of another model.
+    """
+    if cache.preload == "none":
+        return []
+    return hot_experts.hottest_first(hot_experts.load(repository_path(cache.hot_experts), model))
+
+
 @contextmanager
 def runtime(
     cfg: DictConfig, store: ExpertStore, trace: RoutingTrace | None, source: Source | None = None
@@ -135,10 +149,11 @@ def run_arm(
     metadata: dict[str, str],
     source: Source | None = None,
 ) -> ArmRun:
-    """Decode the whole workload once with this arm, from a cold cache; `source` as for `runtime`."""
+    """Decode the whole workload once with this arm, from an empty cache or one that begins with hot experts; `source` as for `runtime`."""
     gc.collect()  # so that no arm pays for the garbage of another
     with runtime(cfg, store, trace, source) as served:
         with attach(model, served):
+            served.tier.preload(preload_order(cfg.cache, model_view(model, family_of(model.config), store.geometry)))
             generations = list(generate_all(model, batches, cfg.workload, cfg.seed))
         served.finish()
         failed = isinstance(served.predictor, NoPredictor) and not _is(cfg.predictor, NoPredictor)

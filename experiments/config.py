@@ -23,7 +23,15 @@ from kernels.quantised import GROUPS
 from prefetch.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[1]
-CACHE_COMMON = ("slots", "staging", "transient", "scope", "prefetch_admission")  # keys of `cache` that are not the policy's
+CACHE_COMMON = (
+    "slots",
+    "staging",
+    "transient",
+    "scope",
+    "prefetch_admission",
+    "preload",
+    "hot_experts",
+)  # keys of `cache` that are not the policy's
 LONGEST_NAME = 200  # bytes of a folder's name
 PLAIN_TYPES = (bool, int, float, str, type(None))
 PLAIN = "plain"  # the expert_format of experts that are not quantised
@@ -33,6 +41,7 @@ CHOICES = {
     "tier.kind": ("disk", "host"),
     "cache.scope": ("global", "per_layer"),
     "cache.prefetch_admission": ("staging", "policy"),
+    "cache.preload": ("none", "hot_experts"),
     "backend.kind": ("torch", "cuda"),
     "backend.in_place": ("cpu", "gpu"),
     "tracking.mode": ("offline", "online", "disabled"),

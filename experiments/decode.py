@@ -36,9 +36,10 @@ from experiments.shipped_predictor import announcement, default_predictor, shipp
 from experiments.timeline import write_timeline
 from experiments.tracking import Tracker
 from experiments.workload import Batch, load_batches
-from prefetch.accounting import summarise, violations
+from prefetch.accounting import is_preload, summarise, violations
 from prefetch.cache.belady import belady_hits
 from prefetch.errors import ConfigError, GatecastError, TokenMismatchError
+from prefetch.geometry import ExpertKey
 from prefetch.model import load_offloaded, load_whole
 from prefetch.recorder import RunRecord
 from prefetch.store import ExpertStore
@@ -227,8 +228,10 @@ def _rounds_apart(cfg: DictConfig) -> bool:
 
 
 def after_warmup(record: RunRecord, n_batches: int) -> RunRecord:
-    """The rows of `record` from the `n_batches`-th batch on."""
-    return RunRecord(*(table[table["sequence"] >= n_batches] for table in (record.calls, record.forwards, record.transfers)))
+    """The rows of `record` from the `n_batches`-th batch on, and the preloads, which belong to the whole run."""
+    calls, forwards = (table[table["sequence"] >= n_batches] for table in (record.calls, record.forwards))
+    transfers = record.transfers
+    return RunRecord(calls, forwards, transfers[(transfers["sequence"] >= n_batches) | is_preload(transfers)])
 
 
 def _results(
@@ -236,12 +239,14 @@ def _results(
 ) -> Results:
     how = quant_format(cfg.model)
     any_run = next(arm.last for arm in arms.values() if arm.last is not None)
-    budget = slot_budget(next((a.cfg for a in arms.values() if a.role == BASELINE), cfg), store.geometry)
+    baseline = next((arm for arm in arms.values() if arm.role == BASELINE), None)
+    budget = slot_budget(baseline.cfg if baseline else cfg, store.geometry)
     trace = any_run.trace
     counted = [
         f.step > 0 and f.sequence >= cfg.workload.warmup_batches for f in trace.forwards() for _ in range(trace.n_layers)
     ]
-    belady = belady_hits(trace.routing_events(), budget.capacity, counted)
+    preloaded = _preloaded(baseline.last) if baseline and baseline.last else []
+    belady = belady_hits(trace.routing_events(), budget.capacity, counted, preloaded)
     found = provenance(cfg.seed, store.path) | {"link_bytes_per_s": link_bytes_per_s}
     return Results(
         config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
@@ -262,6 +267,12 @@ def _results(
         quantised=None if how is None else str(how),
         peak_rss_bytes=max(arm.last.peak_rss_bytes for arm in arms.values() if arm.last is not None),
     )
+
+
+def _preloaded(run: ArmRun) -> list[ExpertKey]:
+    """What the run's cache held before its first token."""
+    transfers = run.record.transfers
+    return [ExpertKey(*key) for key in transfers.loc[is_preload(transfers), ["layer", "expert"]].to_numpy().tolist()]
 
 
 def _quality(run: ArmRun | None, warmup: int) -> Quality | None:

@@ -32,7 +32,7 @@ METRICS = (
     "stall_share", "expert_share", "predictor_share", "overhead_share", "dense_share",
     "hit_rate", "prefetch_hit_rate", "late_rate", "miss_rate", "in_place_rate",
     "demand_bytes_per_token", "useful_bytes_per_token", "wasted_bytes_per_token", "cancelled_bytes_per_token",
-    "link_utilisation",
+    "preload_bytes", "link_utilisation",
 )  # fmt: skip
 QUALITIES = ("coverage", "recall", "recall_all", "weight_mass", "exact_set", "cold_recall", "cold_precision")
 

@@ -11,6 +11,7 @@ phases inside a layer call only the lengths are; they are drawn one after the ot
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ COLOURS = {  # names that Chrome's viewer knows; Perfetto colours slices by name
     "predictor": "thread_state_runnable",
     "overhead": "yellow",
     "demand": "terrible",
+    "preload": "thread_state_iowait",
     "prefetch, useful": "good",
     "prefetch, late": "bad",
     "prefetch, wasted": "grey",
@@ -46,7 +48,8 @@ Event = dict[str, Any]
 def timeline(record: RunRecord, first_forward: int = 0, n_forwards: int = DEFAULT_FORWARDS) -> dict[str, Any]:
     """The trace of `n_forwards` forward passes, from the run's `first_forward`-th on, and of the transfers that ran meanwhile.
 
-    Time 0 is the start of the first forward pass drawn. `otherData` says which part of the run is drawn.
+    Time 0 is the start of the first forward pass drawn; preloads are drawn, before it, with the run's first. `otherData` says which
+    part of the run is drawn.
     """
     drawn = record.forwards.iloc[first_forward : first_forward + n_forwards]
     events = list(_names())
@@ -54,7 +57,8 @@ def timeline(record: RunRecord, first_forward: int = 0, n_forwards: int = DEFAUL
         origin_s = float(drawn["start_s"].iloc[0])
         end_s = float((drawn["start_s"] + drawn["wall_s"]).max())
         calls = record.calls.merge(drawn[["sequence", "step"]], on=["sequence", "step"]).sort_values("start_s", kind="stable")
-        moved = record.transfers[(record.transfers["finished_s"] >= origin_s) & (record.transfers["started_s"] <= end_s)]
+        since_s = -inf if first_forward == 0 else origin_s
+        moved = record.transfers[(record.transfers["finished_s"] >= since_s) & (record.transfers["started_s"] <= end_s)]
         events += _forward_events(drawn, origin_s)
         events += _call_events(calls, origin_s)
         events += _dense_events(drawn, calls, origin_s)
@@ -157,6 +161,6 @@ def _transfer_events(transfers: pd.DataFrame, origin_s: float) -> Iterator[Event
 
 
 def _transfer_name(row: Any) -> str:
-    if row.kind == "demand":
-        return "demand"
+    if row.kind != "prefetch":
+        return str(row.kind)
     return f"prefetch, {'late' if row.late else row.outcome}"

@@ -9,7 +9,7 @@ reimplementation's description: features u = [PCA(h); multi-hot of this layer's 
 
 with q_e the inverse of how often expert e is used. The paper projects 4096 numbers to 256 (outer) and 512 (middle); the
 defaults here suit the bundled model's 192. Its online update is `predictors/online_update.py`, off unless a threshold is set; its table
-of hot experts fills the cache before a run and is no part of prediction.
+of hot experts (`predictors/hot_experts.py`, `cache.preload=hot_experts`) fills the cache before a run and is no part of prediction.
 
 Cost: outer rank * H + width * (rank + 3 E), middle another width * (2 width + rank) parameters; 2 FLOPs each per token.
 """

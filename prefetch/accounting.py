@@ -10,7 +10,8 @@ import pandas as pd
 
 from prefetch.recorder import RunRecord
 
-OUTCOMES = ("demand", "useful", "wasted", "cancelled", "failed")
+PRELOAD = "preload"  # brought in before the first token, for no forward pass in particular
+OUTCOMES = ("demand", "useful", "wasted", "cancelled", "failed", PRELOAD)
 CALL_PARTS = ("stall", "expert", "predictor", "overhead")
 TIME_PARTS = (*CALL_PARTS, "dense")  # of a token; dense = everything outside MoE layer calls
 CLOCK_TOLERANCE_S = 1e-6  # sums of perf_counter differences, rounded in float64
@@ -45,8 +46,8 @@ def activation_violations(calls: pd.DataFrame) -> list[str]:
 
 
 def byte_violations(transfers: pd.DataFrame, moved_bytes: int | None = None) -> list[str]:
-    """demand + useful + wasted + cancelled + failed bytes == bytes moved, and each transfer moved what its outcome says."""
-    complete = transfers["outcome"].isin(("demand", "useful", "wasted"))
+    """demand + useful + wasted + cancelled + failed + preload bytes == bytes moved, and each transfer moved what its outcome says."""
+    complete = transfers["outcome"].isin(("demand", "useful", "wasted", PRELOAD))
     short, over = transfers["moved_bytes"] < transfers["n_bytes"], transfers["moved_bytes"] > transfers["n_bytes"]
     found = [
         *_report(transfers, ~transfers["outcome"].isin(OUTCOMES), "a transfer without a known outcome"),
@@ -61,8 +62,8 @@ def byte_violations(transfers: pd.DataFrame, moved_bytes: int | None = None) -> 
 
 def transfer_violations(record: RunRecord) -> list[str]:
     """Layer calls and transfers tell the same story: one demand load per miss that was not computed in place, one late
-    prefetch per late expert, no more prefetch hits than hits. Transfers before the first forward pass are not asked for."""
-    transfers = record.transfers[record.transfers["submitted_s"] >= 0]
+    prefetch per late expert, no more prefetch hits than hits. Preloads come before the first forward pass, and no expert twice."""
+    preloads, transfers = (record.transfers[is_preload(record.transfers) == which] for which in (True, False))
     loaded = int((record.calls["misses"] - record.calls["in_place"]).sum())
     pairs = [
         (loaded, int((transfers["outcome"] == "demand").sum()), "misses to be loaded", "demand loads"),
@@ -72,7 +73,11 @@ def transfer_violations(record: RunRecord) -> list[str]:
     in_time, hits = int(_arrived_in_time(record.transfers).sum()), int(record.calls["hits"].sum())
     if in_time > hits:
         found.append(f"{in_time} prefetches used on time, but only {hits} hits")
-    return found
+    return [
+        *found,
+        *_report(preloads, preloads["submitted_s"] >= 0, "a preload after the first forward pass had begun"),
+        *_report(preloads, preloads.duplicated(["layer", "expert"]), "an expert preloaded twice"),
+    ]
 
 
 def time_violations(record: RunRecord, wall_s: float | None = None) -> list[str]:
@@ -119,6 +124,7 @@ def summarise(record: RunRecord, link_bytes_per_s: float | None = None) -> dict[
         "tpot_p95_s": _quantile(step_s, 0.95),
         **decode,
         **{f"prefill_{name}": value for name, value in prefill.items()},
+        "preload_bytes": float(_bytes_by_outcome(record.transfers)[PRELOAD]),
     }
 
 
@@ -134,6 +140,11 @@ def decode_step_s(forwards: pd.DataFrame) -> np.ndarray:
     return first_known_s[ordered["phase"] == "decode"].to_numpy(dtype=float)
 
 
+def is_preload(transfers: pd.DataFrame) -> pd.Series:
+    """Which transfers were made before the first token, for no forward pass in particular."""
+    return transfers["outcome"] == PRELOAD
+
+
 def intended_step(transfers: pd.DataFrame) -> pd.Series:
     """The forward pass a transfer is for: a prefetch whose lookahead reaches below layer 0 is for the next one."""
     return transfers["step"] + (transfers["lookahead"] > transfers["layer"])
@@ -142,13 +153,14 @@ def intended_step(transfers: pd.DataFrame) -> pd.Series:
 def _phase(record: RunRecord, phase: str, link_bytes_per_s: float | None) -> dict[str, float]:
     """Times, shares, rates and bytes of one phase, without a prefix."""
     calls, forwards = (table[table["phase"] == phase] for table in (record.calls, record.forwards))
-    transfers = record.transfers[(intended_step(record.transfers) > 0) == (phase == "decode")]
+    in_phase = (intended_step(record.transfers) > 0) == (phase == "decode")
+    transfers = record.transfers[in_phase & ~is_preload(record.transfers)]
     n_tokens = int(forwards["n_tokens"].sum())
     wall_s = _wall_s(record.forwards, phase)
     seconds = {part: float(calls[f"{part}_s"].sum()) for part in CALL_PARTS}
     seconds["dense"] = wall_s - float(calls["total_s"].sum())
     needed = calls["needed"].sum()
-    n_bytes = _bytes_by_outcome(transfers)
+    n_bytes = {outcome: n for outcome, n in _bytes_by_outcome(transfers).items() if outcome != PRELOAD}
     return {
         "n_tokens": float(n_tokens),
         "wall_s": wall_s,

@@ -12,11 +12,13 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from prefetch.cache.base import CachePolicy
-from prefetch.errors import CapacityError
+from prefetch.cache.warm_start import warm_start
+from prefetch.errors import CapacityError, TransferError
 from prefetch.geometry import ExpertKey
 from prefetch.slots import SlotPool
 from prefetch.transfers.base import Transfer, Transfers, TransferState
 
+BEFORE_ANY = -1  # the sequence of what happens before the first
 USEFUL_WEIGHT = 0.02  # of the latest prefetch in `useful_share`: a memory of about fifty
 
 
@@ -25,13 +27,13 @@ class TransferRecord:
     """One transfer and what became of it. `outcome` is final once the transfer has settled and its use is known."""
 
     transfer: Transfer
-    kind: str  # "demand" | "prefetch", at submission
-    sequence: int  # when submitted
+    kind: str  # "demand" | "prefetch" | "preload", at submission
+    sequence: int  # when submitted; -1 for a preload, which comes before the first
     step: int
     lookahead: (
         int  # layers from the prediction to its target; 0 for a demand load, and for a layer predicted before its attention
     )
-    outcome: str = ""  # "demand" | "useful" | "wasted" | "cancelled" | "failed"
+    outcome: str = ""  # "demand" | "useful" | "wasted" | "cancelled" | "failed" | "preload"
     late: bool = False  # useful, but it had not fully arrived when its layer needed it
 
 
@@ -85,6 +87,26 @@ class FastTier:
         self.records: list[TransferRecord] = []
         self.considered: set[ExpertKey] = set()  # prefetches that a planner thought of and did not make
         self.useful_share = 1.0  # running share of prefetches, made or considered, that a router confirmed
+
+    def preload(self, hottest_first: Sequence[ExpertKey]) -> None:
+        """Before the first token: fill the cache with what its policy keeps of these experts; returns when they have arrived.
+
+        Raises:
+            TransferError: one of them could not be read.
+        """
+        self.sequence = BEFORE_ANY
+        loading: list[Transfer] = []
+        for key in warm_start(self.policy, hottest_first):
+            slot = self.pool.acquire()
+            assert slot is not None, "there is a slot for every member"
+            loading.append(self._submit(key, slot, "preload", 0).transfer)
+        while waiting := [transfer for transfer in loading if not transfer.settled]:
+            self.transfers.wait_any(waiting)
+        for transfer in loading:
+            key, error = transfer.key, transfer.error
+            if error is not None:
+                raise TransferError(f"expert {key.expert} of MoE layer {key.layer} could not be preloaded: {error}") from error
+            self.pool.publish(key, transfer.slot)
 
     def on_board(self, key: ExpertKey) -> bool:
         """In a slot or on its way into one."""
@@ -197,10 +219,10 @@ class FastTier:
 
     def _submit(self, key: ExpertKey, slot: int, kind: str, lookahead: int) -> TransferRecord:
         self.slots[key] = slot
-        transfer = self.transfers.submit(key, slot, demand=kind == "demand")
+        transfer = self.transfers.submit(key, slot, demand=kind != "prefetch")
         record = TransferRecord(transfer, kind, self.sequence, self.step, lookahead)
-        if kind == "demand":
-            record.outcome = "demand"
+        if kind != "prefetch":
+            record.outcome = kind
         self.records.append(record)
         return record
 

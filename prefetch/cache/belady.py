@@ -8,8 +8,8 @@ very event that used it in favour of one of that event's misses, which `in_use` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from heapq import heappop, heappush
+from collections.abc import Collection, Sequence
+from heapq import heapify, heappop, heappush
 
 from prefetch.cache.replay import ReplayCounts
 from prefetch.errors import CapacityError
@@ -18,19 +18,26 @@ from prefetch.geometry import ExpertKey
 NEVER = -1  # no later event needs the expert
 
 
-def belady_hits(events: Sequence[Sequence[ExpertKey]], capacity: int, counted: Sequence[bool] | None = None) -> ReplayCounts:
-    """Bound on the hits over `events` with `capacity` slots, starting empty. O(n log n) in the number n of activations.
+def belady_hits(
+    events: Sequence[Sequence[ExpertKey]],
+    capacity: int,
+    counted: Sequence[bool] | None = None,
+    preloaded: Collection[ExpertKey] = (),
+) -> ReplayCounts:
+    """Bound on the hits over `events` with `capacity` slots. O(n log n) in the number n of activations.
 
     Args:
         events: per layer call, the distinct experts it needs.
         capacity: experts that can be kept at once. For a bound per layer, pass that layer's events and its share.
         counted: which events enter the counts (all use the cache); None counts all.
+        preloaded: what is held before the first event, at most `capacity` experts.
     """
     if capacity < 1:
         raise CapacityError(f"a Belady bound needs at least 1 slot, got {capacity}")
-    next_uses = _next_uses(events)
-    next_use_of: dict[ExpertKey, int] = {}  # the cached experts
-    farthest: list[tuple[int, ExpertKey]] = []  # heap of (-next use, key); stale once the key was used again
+    next_uses, first_use_of = _next_uses(events)
+    next_use_of = {key: first_use_of[key] for key in preloaded if key in first_use_of}  # the cached experts
+    farthest = [(-use, key) for key, use in next_use_of.items()]  # heap of (-next use, key); stale once the key was used again
+    heapify(farthest)
     needed: list[ExpertKey] = []
     hits: list[ExpertKey] = []
     for index, (event, event_next_uses) in enumerate(zip(events, next_uses, strict=True)):
@@ -49,12 +56,12 @@ def belady_hits(events: Sequence[Sequence[ExpertKey]], capacity: int, counted: S
     return ReplayCounts.from_outcomes(needed, hits)
 
 
-def _next_uses(events: Sequence[Sequence[ExpertKey]]) -> list[list[int]]:
-    """For each activation, the index of the next event that needs the same expert, or NEVER."""
+def _next_uses(events: Sequence[Sequence[ExpertKey]]) -> tuple[list[list[int]], dict[ExpertKey, int]]:
+    """For each activation, the index of the next event that needs the same expert, or NEVER; and each expert's first event."""
     upcoming: dict[ExpertKey, int] = {}
     reversed_uses = []
     for index in range(len(events) - 1, -1, -1):
         reversed_uses.append([upcoming.get(key, NEVER) for key in events[index]])
         upcoming.update((key, index) for key in events[index])
     reversed_uses.reverse()
-    return reversed_uses
+    return reversed_uses, upcoming

@@ -20,9 +20,9 @@ keys = st.builds(ExpertKey, st.integers(0, 1), st.integers(0, 2))
 traces = st.lists(st.lists(keys, min_size=1, max_size=4, unique=True), max_size=7)
 
 
-def most_hits(events: list[list[ExpertKey]], capacity: int, keep_hits: bool) -> int:
+def most_hits(events: list[list[ExpertKey]], capacity: int, keep_hits: bool, start: frozenset[ExpertKey] = frozenset()) -> int:
     """Exhaustive search. After an event any choice of what is there may stay; with `keep_hits`, the event's hits must."""
-    best = {frozenset[ExpertKey](): 0}
+    best = {start: 0}
     for event in events:
         after: dict[frozenset[ExpertKey], int] = {}
         for content, hits in best.items():
@@ -43,6 +43,16 @@ def test_equals_exhaustive_search(events: list[list[ExpertKey]], capacity: int) 
     assert counts.hits == most_hits(events, capacity, keep_hits=False)
     assert counts.hits + counts.misses == sum(len(event) for event in events)
     assert counts.hits >= most_hits(events, capacity, keep_hits=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(traces, st.integers(1, 4), st.sets(keys, max_size=4))
+def test_equals_exhaustive_search_from_a_warm_start(
+    events: list[list[ExpertKey]], capacity: int, preloaded: set[ExpertKey]
+) -> None:
+    start = frozenset(sorted(preloaded)[:capacity])
+    counts = belady_hits(events, capacity, preloaded=start)
+    assert counts.hits == most_hits(events, capacity, keep_hits=False, start=start)
 
 
 def test_bypass_beats_textbook_eviction() -> None:
