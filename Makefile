@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 
 .PHONY: help venv demo test lint bench bench-kernels compile-kernels results clean
 help:
-	@echo "make demo    decode the bundled model with offloaded experts and compare predictors (about 2 minutes)"
+	@echo "make demo    decode the bundled model with offloaded experts and compare predictors (two to three minutes)"
 	@echo "make test    all tests"
 	@echo "make bench   exactness, speed with everything resident, transfers, overhead (minutes; wants a quiet machine)"
 	@echo "make bench-kernels    the CPU path of the experts against transformers' own (minutes; wants a quiet machine)"
