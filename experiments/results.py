@@ -84,9 +84,7 @@ class Results:
     bounds: dict[str, float]  # figures of replays, never of a clock; their names say so
     slots: int
     slots_fraction: float  # of all experts
-    quantised: str | None = (
-        None  # how the experts are, e.g. "int4 per 32": lossy against the original model; None: they are not
-    )
+    quantised: str | None = None  # format of the experts where it is lossy against the original model, e.g. "int4 per 32"
     peak_rss_bytes: int | None = None  # of the whole process, all arms
     name: str = field(default="", compare=False)  # the folder it was read from
 
