@@ -7,7 +7,8 @@ multi-token prediction is from DeepSeek-V3 (arXiv 2412.19437) and serving system
 draft token is made here: head and V are trained on the experts of the coming token, with binary cross-entropy.
 
 It speaks while decoding only; in a prefill h_t comes too late. The whole stack is known at once, and each layer's guess is handed over
-`lookahead` layers before it is needed, or at the start of the forward pass where that is later.
+when the router `lookahead` layers before it has fired, those of the first layers before the first one's attention: fetched earlier, experts
+would only wait in slots that nearer layers need.
 
 Cost: H + L E (H + 1) parameters and those of the trained head, 2 FLOPs each per token, once per forward pass.
 """
@@ -33,7 +34,7 @@ from prefetch.errors import ConfigError, PredictorError
 class Draft(LearnedPredictor):
     """Logits for every layer of a forward pass, made before its first."""
 
-    lookahead: int = 3  # layers ahead of its use that a guess is handed over, as far as the pass has begun by then
+    lookahead: int = 1  # layers ahead of its use that a guess is handed over; from before the first layer where there are fewer
     width: int = 384  # of the trained draft head's gated MLP
 
     while_running: ClassVar[frozenset[str]] = frozenset({"weights", "lookahead"})
@@ -84,18 +85,20 @@ class Draft(LearnedPredictor):
 
     @torch.inference_mode()
     def predict_before_attention(self, seen: AttentionView) -> list[Prediction]:
-        """Ahead of the first layer logits [T, E] float32 for it and the next `lookahead`, ahead of each later layer for one more."""
-        if seen.step == 0:
+        """Ahead of the first layer, while decoding: logits [T, E] float32 for the first `lookahead` layers."""
+        if seen.layer > 0 or seen.step == 0:
             return []
-        if seen.layer == 0:
-            self.pending = [Prediction(layer, scores) for layer, scores in enumerate(self._whole_stack(seen).unbind(1))]
-        in_reach = [prediction for prediction in self.pending if prediction.layer <= seen.layer + self.lookahead]
-        self.pending = self.pending[len(in_reach) :]
-        return in_reach
+        self.pending = [Prediction(layer, scores) for layer, scores in enumerate(self._whole_stack(seen).unbind(1))]
+        return self._in_reach(self.lookahead - 1)
 
     def predict(self, seen: LayerView) -> list[Prediction]:
-        """Nothing: all that the draft says is known before."""
-        return []
+        """What was known before, for one layer more: `lookahead` layers on."""
+        return self._in_reach(seen.layer + self.lookahead)
+
+    def _in_reach(self, last_layer: int) -> list[Prediction]:
+        found = [prediction for prediction in self.pending if prediction.layer <= last_layer]
+        self.pending = self.pending[len(found) :]
+        return found
 
     def _whole_stack(self, seen: LayerView | AttentionView) -> Tensor:
         """Logits [T, L, E] float32 from what the first layer sees before its attention."""
