@@ -161,7 +161,9 @@ def calibrate(predictor: LearnedPredictor, views: Sequence[LayerView], method: s
 def _check_feature(name: str, state: Tensor | None, layer: int, hidden_size: int, what: str) -> None:
     where = f"the {what} data of MoE layer {layer}"
     if state is None:
-        raise PredictorError(f"{where} lack {name!r}, which this predictor needs; record them again with collect.hidden_states=true")
+        raise PredictorError(
+            f"{where} lack {name!r}, which this predictor needs; record them again with collect.hidden_states=true"
+        )
     if state.shape[1] != hidden_size:
         raise PredictorError(f"{where}: {name} has {state.shape[1]} numbers a token, the model's hidden size is {hidden_size}")
     if not bool(state.isfinite().all()):
