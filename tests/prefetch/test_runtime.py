@@ -196,6 +196,33 @@ def test_a_failing_predictor_is_reported_once_and_switched_off(
     assert len(warnings) == 1 and "_Broken" in warnings[0]
 
 
+class _KeepsPreviousFinal(Predictor):
+    """Keeps the state that every layer call of a forward pass was shown, by (sequence, step)."""
+
+    needs_previous_final = True
+
+    def __init__(self) -> None:
+        self.shown: dict[tuple[int, int], list[torch.Tensor | None]] = {}
+
+    def predict(self, seen: LayerView) -> list[Prediction]:
+        self.shown.setdefault((seen.sequence, seen.step), []).append(seen.previous_final)
+        return []
+
+
+def test_each_sequence_of_a_batch_is_shown_its_own_final_state(tiny_qwen3: Path, pack_dir: Path) -> None:
+    """Against plain transformers over the whole batch at once; nothing is shown in a prefill, also the second one."""
+    keeps, batch = _KeepsPreviousFinal(), torch.cat(PROMPTS)
+    with offloaded(tiny_qwen3, pack_dir, Setting(predictor=keeps)) as (model, _):
+        tokens, _ = decode(model, [batch, batch.flip(0)], new_tokens=4)
+    for sequence, (prompts, new) in enumerate(zip([batch, batch.flip(0)], tokens.split(len(batch)), strict=True)):
+        with torch.no_grad():
+            final = plain(tiny_qwen3).model(torch.cat([prompts, new], dim=1)).last_hidden_state
+        assert all(state is None for state in keeps.shown[sequence, 0])
+        for step in range(1, 4):
+            for state in keeps.shown[sequence, step]:
+                torch.testing.assert_close(state, final[:, prompts.shape[1] + step - 2], rtol=1e-3, atol=1e-4)
+
+
 def test_nan_hidden_states_are_named(tiny_qwen3: Path, pack_dir: Path) -> None:
     with offloaded(tiny_qwen3, pack_dir, Setting()) as (model, _):
         with torch.no_grad():
