@@ -71,7 +71,7 @@ def _judge_one(predictor: Predictor, views: Iterable[LayerView], geometry: MoEGe
             pending, for_next_pass = for_next_pass, {}
             recorder.begin_forward(seen.sequence, seen.step, seen.token_ids)
         if predictor.before_attention:
-            hear(partial(predictor.predict_before_attention, seen.before_attention), seen, before_attention=True)
+            hear(partial(_ask_before_attention, predictor, seen), seen, before_attention=True)
         recorder.routed(seen.topk_ids, seen.topk_weights)
         if seen.layer in pending and len(pending[seen.layer]) in (1, len(seen.token_ids)):
             given = pending[seen.layer].expand(len(seen.token_ids), -1)
@@ -92,6 +92,10 @@ def samples(judged: Iterable[Judged]) -> dict[int, tuple[Tensor, Tensor]]:
             scores.setdefault(target, []).extend(parts)
             chosen.setdefault(target, []).extend(one.chosen[target])
     return {target: (torch.cat(parts), torch.cat(chosen[target])) for target, parts in scores.items() if parts}
+
+
+def _ask_before_attention(predictor: Predictor, seen: LayerView) -> list[Prediction]:
+    return predictor.predict_before_attention(seen.before_attention)
 
 
 def _guarded(predictor: Predictor, ask: Callable[[], list[Prediction]], layer: int) -> list[Prediction]:
