@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from prefetch.cache.base import CachePolicy
 from prefetch.cache.replay import replay_hits
-from prefetch.geometry import ExpertKey
 from prefetch.trace import RoutingTrace
 
 Snapshots = NDArray[np.bool_]  # [layer calls, L, E]: what is held when that layer call has placed its misses
@@ -21,10 +20,10 @@ def snapshots(policy: CachePolicy, trace: RoutingTrace) -> Snapshots:
     n_layers, n_experts = trace.n_layers, trace.n_experts
     events = trace.routing_events()
     held = np.zeros((len(events), n_layers, n_experts), bool)
-    keys = [ExpertKey(layer, expert) for layer in range(n_layers) for expert in range(n_experts)]
     for call, event in enumerate(events):
         replay_hits(policy, [event])
-        held[call] = np.fromiter((key in policy for key in keys), bool, len(keys)).reshape(n_layers, n_experts)
+        if members := list(policy):
+            held[call][*zip(*members, strict=True)] = True
     return held
 
 
