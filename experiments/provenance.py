@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "numpy", "numba", "pandas", "safetensors", "hydra-core")
+PACKAGES = ("torch", "triton", "transformers", "numpy", "pandas", "safetensors", "hydra-core")
 REPOSITORY = Path(__file__).resolve().parents[1]
 UNKNOWN = "unknown"
 
