@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
 REPOSITORY = Path(__file__).parents[2]
 PREDICTORS = "predictors=[popularity,gate_reuse,'gate_reuse lookahead=2',corrected_gate,oracle,own_gate]"
@@ -96,3 +97,19 @@ def test_a_mistake_is_one_clear_line(overrides: list[str], message: str, small_r
     assert message in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "accuracy.json").exists()
+
+
+NOT_JUDGED = {
+    "none",
+    "shared_expert_gate",
+    "shipped_pre_gate",
+}  # nothing to judge, or made for models with what the bundled lacks
+
+
+def test_the_default_comparison_has_every_family_that_needs_no_training_first() -> None:
+    known = {path.stem: OmegaConf.load(path) for path in (REPOSITORY / "conf/predictor").glob("*.yaml")}
+    shipped = {path.stem for path in (REPOSITORY / "models/bytes-moe/predictors").glob("*.safetensors")}
+    ready = {name for name, cfg in known.items() if "weights" not in cfg or name in shipped}
+    labels = OmegaConf.load(REPOSITORY / "conf/accuracy.yaml").predictors
+    assert {label.split()[0] for label in labels} == ready - NOT_JUDGED
+    assert [label for label in labels if label.startswith("gate_reuse")][1:] == [f"gate_reuse lookahead={d}" for d in (2, 3, 4)]
