@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import gelu as torch_gelu
 
@@ -119,7 +120,7 @@ class MlpHead:
         return cls(
             entry=entry,
             entry_bias=bias.float(),
-            routing=enter[0][:, rank:].T.reshape(2, n_experts, -1).to(dtype).contiguous(),
+            routing=rearrange(enter[0][:, rank:], "width (kind e) -> kind e width", e=n_experts).to(dtype).contiguous(),
             leave=leave[0].to(dtype),
             leave_bias=leave[1].float(),
             block=None

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -73,10 +74,11 @@ class ActivationSequence(LearnedPredictor):
         stack = torch.stack([view.topk_ids for view in views], dim=1)  # [N, L, k]
         n_tokens = len(stack)
         padded = torch.cat([stack, stack[-1:].expand(-n_tokens % SPAN, -1, -1)])
-        past = self.network.multi_hot(padded).view(-1, SPAN, self.network.n_inputs)
+        past = rearrange(self.network.multi_hot(padded), "(spans tokens) inputs -> spans tokens inputs", tokens=SPAN)
         after, _ = self.network(past[:, :-1], None)
         first = self.network.at_the_start().expand(len(past), 1, -1, -1)  # the first token has nothing before it
-        return dict(enumerate(torch.cat([first, after], dim=1).flatten(0, 1)[:n_tokens].unbind(1)))
+        found = rearrange(torch.cat([first, after], dim=1), "spans tokens layers experts -> layers (spans tokens) experts")
+        return dict(enumerate(found[:, :n_tokens]))
 
     @torch.inference_mode()
     def predict(self, seen: LayerView) -> list[Prediction]:
