@@ -13,6 +13,7 @@ from prefetch.compute.base import ExpertCompute
 from prefetch.compute.kernel_experts import KernelExperts
 from prefetch.compute.torch_experts import TorchExperts
 from prefetch.device import compute_device, limit_memory
+from prefetch.errors import ConfigError
 from prefetch.slots import SlotPool, parse_bytes
 from prefetch.store import ExpertStore
 from prefetch.transfers.base import Transfers
@@ -76,6 +77,18 @@ def use_device(backend: DictConfig) -> torch.device:
     if backend.memory is not None:
         limit_memory(device, parse_bytes(backend.memory, "backend.memory"))
     return device
+
+
+def refuse_gpu(backend: DictConfig, program: str) -> None:
+    """Stop a program that computes on the CPU alone.
+
+    Raises:
+        ConfigError: `backend` is another.
+    """
+    if backend.kind != "torch":
+        raise ConfigError(
+            f"backend={backend.kind}: {program} computes on the CPU (backend=torch); experiments.decode knows both"
+        )
 
 
 @contextmanager

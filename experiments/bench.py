@@ -30,7 +30,7 @@ from transformers import DynamicCache, PreTrainedModel
 from experiments import launch
 from experiments.arm import run_arm, runtime
 from experiments.atomic import write_json
-from experiments.backend import build_source
+from experiments.backend import build_source, refuse_gpu
 from experiments.config import repository_path
 from experiments.decode import compose_arms
 from experiments.expert_store import refuse_quantised
@@ -58,6 +58,7 @@ def main() -> None:
 def bench(cfg: DictConfig, folder: Path) -> None:
     """All parts, each announced; writes `bench.json` to `folder`."""
     refuse_quantised(cfg.model, "experiments.bench")
+    refuse_gpu(cfg.backend, "experiments.bench")
     torch.set_num_threads(cfg.backend.n_threads)
     model_folder = repository_path(cfg.model.path)
     arms = {name: arm.cfg for name, arm in compose_arms(cfg).items()}

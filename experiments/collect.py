@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from experiments import launch
 from experiments.arm import runtime
 from experiments.atomic import replacing, write_json
+from experiments.backend import refuse_gpu
 from experiments.config import repository_path, validate
 from experiments.documents import Document, documents_of
 from experiments.expert_store import open_store
@@ -99,6 +100,7 @@ def collect(cfg: DictConfig, folder: Path) -> None:
     validate(cfg)
     if cfg.collect.shard_rows < 1:
         raise ConfigError(f"collect.shard_rows={cfg.collect.shard_rows}: it must be at least 1")
+    refuse_gpu(cfg.backend, "experiments.collect")
     torch.set_num_threads(cfg.backend.n_threads)
     model_folder, dtype = repository_path(cfg.model.path), getattr(torch, cfg.model.dtype)
     store = open_store(cfg.model)
@@ -109,7 +111,7 @@ def collect(cfg: DictConfig, folder: Path) -> None:
         if writer is not None:
             served.predictor = writer
         with attach(model, served), listening(model, writer):
-            index = _index(cfg, documents, served.model_fingerprint)
+            index = _index(cfg, documents, served.predictor.model.fingerprint)
             _continue_or_begin(folder, index)
             _run_all(cfg, model, served, writer, documents, folder)
     recording = Recording(folder)

@@ -21,14 +21,15 @@ from kernels.gather_rows import gather_rows
 from kernels.moe_call import MoECall
 from kernels.moe_mlp import moe_mlp
 from kernels.slot_table import ExpertTable
-from predictors.base import LayerView, ModelView, Prediction, Predictor
+from predictors.base import Prediction, Predictor
 from predictors.lookahead import layers_ahead
 from predictors.none import NoPredictor
 from prefetch.errors import ConfigError, TransferError
 from prefetch.geometry import MoEGeometry
+from prefetch.layer_server import LayerServer
 
 
-class DeviceRuntime:
+class DeviceRuntime(LayerServer):
     """Serves the MoE layers of one model. `prefetch.model.attach` takes it like the host-driven runtime.
 
     A call with more (token, expert) pairs than `spare` slots, such as a prefill, reads its experts in place, across the link, and
@@ -63,52 +64,24 @@ class DeviceRuntime:
                 f"predictor={predictor.name or type(predictor).__name__} asks the host, and a device-driven run must not: choose one "
                 "that computes on the device after the router, such as gate_reuse"
             )
-        self.geometry, self.predictor, self.cache = geometry, predictor, cache
-        self.slots, self.in_place = slots, backing
+        super().__init__(geometry, predictor, slots.device)
+        self.cache, self.slots, self.in_place = cache, slots, backing
         self.n_guesses, self.n_programs = n_guesses or geometry.top_k, n_programs
-        self.predicts_on = slots.device
         self.spare = cache.n_slots - cache.capacity - cache.staging
         self.in_slots = type(backing)(backing.geometry, (slots,), cache.slot_of)
         self.missed = torch.zeros(1, dtype=torch.int32, device=slots.device)
         self.prefetching = torch.cuda.Stream(slots.device) if slots.is_cuda else None
         self.prefetched: CachePlan | None = None  # in use on that stream: its memory must not be given to others
-        self.sequence, self.step = -1, 0
-        self.residual: Tensor | None = None
-        self.pre_attention: Tensor | None = None
-        self.last_final: Tensor | None = None
-        self.previous_final: Tensor | None = None
-
-    def bind(self, model: ModelView) -> None:
-        """Tell the predictor about the model."""
-        self.predictor.bind(model)
-
-    def begin_forward(self, token_ids: Tensor, *, new_sequence: bool) -> None:
-        """A forward pass over `token_ids` [T] begins."""
-        self.sequence, self.step = (self.sequence + 1, 0) if new_sequence else (self.sequence, self.step + 1)
-        self.token_ids = token_ids
-        if new_sequence:
-            self.predictor.start_sequence()
-            self.last_final = None
-        self.previous_final = self.last_final
 
     def end_forward(self) -> None:
         """The forward pass is over: all of its work is on the current stream again, as the end of a graph's capture requires."""
         self._await_prefetches()
 
-    def after_stack(self, final_hidden: Tensor) -> None:
-        """All layers have run; `final_hidden` [B, n, H] is what the output head reads of n tokens of each sequence."""
-        self.last_final = final_hidden[:, -1]
-
-    def before_attention(self, layer: int, pre_attention: Tensor) -> None:
-        """What MoE layer `layer` is about to attend with, [T, H]."""
-        self.pre_attention = pre_attention
-
     def layer_call(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """The MoE layer's output [T, H] from the router's input [T, H] and choice [T, k]; enqueued, and nothing waited for."""
         if topk_ids.numel() > self.spare:
             return moe_mlp(MoECall(hidden, topk_ids, topk_weights, self.in_place, layer), missed=self.missed)
-        states = hidden, self.residual, topk_ids, topk_weights, self.token_ids, self.pre_attention, self.previous_final
-        seen = LayerView(layer, self.step, self.sequence, *states)
+        seen = self.layer_view(layer, hidden, topk_ids, topk_weights)
         return self.planned_call(layer, hidden, topk_ids, topk_weights, self._guesses(layer, self.predictor.predict(seen)))
 
     def planned_call(

@@ -1,7 +1,7 @@
 """A transformers model whose routed experts live in an `ExpertStore` instead of in its parameters.
 
 Non-expert weights load through transformers as usual. The experts modules lose their parameters before any weight is
-materialised, and their forward goes to the `OffloadRuntime` through transformers' experts interface.
+materialised, and their forward goes to a runtime (`LayerServer`) through transformers' experts interface.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from transformers.utils import logging as transformers_logging
 from kernels.quantised import QuantFormat, dequantise, quantise
 from predictors.base import ModelView, PreGateView
 from prefetch.checkpoint import Checkpoint
-from prefetch.device_runtime import DeviceRuntime
 from prefetch.errors import CheckpointError, UnsupportedModelError
 from prefetch.families import Family, family_of, moe_layer_indices
 from prefetch.geometry import MoEGeometry
+from prefetch.layer_server import LayerServer
 from prefetch.pre_gate import PreGates, read_pre_gates
 from prefetch.pre_gated_routing import route_by
-from prefetch.runtime import OffloadRuntime
 
 CPU = torch.device("cpu")
-R = TypeVar("R", OffloadRuntime, DeviceRuntime)
+R = TypeVar("R", bound=LayerServer)
 IMPLEMENTATION = "gatecast"  # the name under which our experts forward is registered with transformers
 
 
@@ -233,7 +232,7 @@ def _experts_forward(experts: Any, hidden: Tensor, topk_ids: Tensor, topk_weight
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
 
 
-def _begin(runtime: OffloadRuntime | DeviceRuntime) -> Callable:
+def _begin(runtime: LayerServer) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
         token_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         cache = kwargs.get("past_key_values")
@@ -242,28 +241,28 @@ def _begin(runtime: OffloadRuntime | DeviceRuntime) -> Callable:
     return hook
 
 
-def _end(runtime: OffloadRuntime | DeviceRuntime) -> Callable:
+def _end(runtime: LayerServer) -> Callable:
     def hook(module: nn.Module, args: tuple, output: Any) -> None:
         runtime.end_forward()
 
     return hook
 
 
-def _capture_residual(runtime: OffloadRuntime | DeviceRuntime) -> Callable:
+def _capture_residual(runtime: LayerServer) -> Callable:
     def hook(norm: nn.Module, args: tuple) -> None:
         runtime.residual = args[0].reshape(-1, args[0].shape[-1])
 
     return hook
 
 
-def _before_attention(runtime: OffloadRuntime | DeviceRuntime, layer: int) -> Callable:
+def _before_attention(runtime: LayerServer, layer: int) -> Callable:
     def hook(norm: nn.Module, args: tuple, output: Tensor) -> None:
         runtime.before_attention(layer, output.reshape(-1, output.shape[-1]))
 
     return hook
 
 
-def _after_stack(runtime: OffloadRuntime | DeviceRuntime) -> Callable:
+def _after_stack(runtime: LayerServer) -> Callable:
     def hook(decoder: nn.Module, args: tuple, output: Any) -> None:
         runtime.after_stack(output.last_hidden_state)
 

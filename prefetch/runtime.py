@@ -11,12 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from predictors.base import AttentionView, LayerView, ModelView, Prediction, Predictor
+from predictors.base import Prediction, Predictor
 from predictors.lookahead import layers_ahead
 from predictors.none import NoPredictor
 from prefetch.compute.base import ExpertCompute, LayerCompute
@@ -25,6 +24,7 @@ from prefetch.dispatch import dispatch
 from prefetch.errors import GatecastError, RoutingError, TransferError
 from prefetch.fast_tier import Demand, FastTier, LookUp
 from prefetch.geometry import ExpertKey, MoEGeometry
+from prefetch.layer_server import LayerServer
 from prefetch.planner.base import FastTierView, Planner
 from prefetch.recorder import CallTimer, Recorder
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 ReadExpert = Callable[[ExpertKey], tuple[Tensor, Tensor]]  # (gate_up [2I, H], down [H, I]) straight from the backing tier
 
 
-class OffloadRuntime:
+class OffloadRuntime(LayerServer):
     """Serves the MoE layers of one model out of a fast tier that need not hold all experts.
 
     Args:
@@ -54,57 +54,34 @@ class OffloadRuntime:
         read_expert: ReadExpert,
         compute: ExpertCompute | None = None,
     ):
-        self.geometry, self.tier, self.predictor, self.planner = geometry, tier, predictor, planner
-        self.read_expert = read_expert
         self.compute = compute or TorchExperts(tier.pool)
-        self.predicts_on = self.compute.device if predictor.on_device else torch.device("cpu")
+        super().__init__(geometry, predictor, self.compute.device if predictor.on_device else torch.device("cpu"))
+        self.tier, self.planner, self.read_expert = tier, planner, read_expert
         self.recorder = Recorder(geometry)
         self.keys = [[ExpertKey(layer, e) for e in range(geometry.n_experts)] for layer in range(geometry.n_layers)]
-        self.sequence, self.step = -1, 0
-        self.residual: Tensor | None = None  # of the layer in progress, where the predictor asks for it
-        self.pre_attention: Tensor | None = None  # likewise
-        self.last_final: Tensor | None = None  # [B, H], of each sequence's newest token that the whole stack has seen; likewise
-        self.previous_final: Tensor | None = None  # that of the forward pass before the one in progress
         self.early_s = 0.0  # spent on predicting before the attention of the layer in progress
         planner.bind(geometry)
 
-    def bind(self, model: ModelView) -> None:
-        """Tell the predictor about the model. Called by `prefetch.model.attach`."""
-        self.model_fingerprint = model.fingerprint
-        self.predictor.bind(model)
-
     def begin_forward(self, token_ids: Tensor, *, new_sequence: bool) -> None:
-        """A forward pass over `token_ids` [T] begins; `new_sequence` when it is a prefill."""
-        if new_sequence:
-            self.sequence, self.step = self.sequence + 1, 0
-            self.predictor.start_sequence()
-            self.last_final = None
-        else:
-            self.step += 1
-        self.tier.sequence, self.tier.step = self.sequence, self.step
         token_ids = token_ids.cpu()
-        self.token_ids, self.previous_final = token_ids.to(self.predicts_on), self.last_final
+        super().begin_forward(token_ids, new_sequence=new_sequence)
+        self.tier.sequence, self.tier.step = self.sequence, self.step
         self.recorder.begin_forward(self.sequence, self.step, token_ids)
 
     def end_forward(self) -> None:
         """The forward pass is over."""
         self.recorder.end_forward()
 
-    def after_stack(self, final_hidden: Tensor) -> None:
-        """All layers have run; `final_hidden` [B, n, H] is what the output head reads of n tokens of each sequence."""
-        self.last_final = final_hidden[:, -1]
-
     def before_attention(self, layer: int, pre_attention: Tensor) -> None:
-        """MoE layer `layer` is about to attend, with `pre_attention` [T, H] as its normalised input: predict where that is asked for.
+        """Predict where that is asked for, from `pre_attention` [T, H], what the layer's attention reads.
 
         The time is counted in the layer call that follows, as if it had begun that much earlier.
         """
-        self.pre_attention = pre_attention
+        super().before_attention(layer, pre_attention)
         if not self.predictor.before_attention or self._nothing_to_prefetch():
             return
         started = time.perf_counter()
-        states = pre_attention, self.token_ids, self.previous_final
-        seen = AttentionView(layer, self.step, self.sequence, *(self._for_predictor(state) for state in states))
+        seen = self.attention_view(layer)
         predictions = self._guarded(lambda: self.predictor.predict_before_attention(seen), layer)
         self._prefetch(predictions, layer, [], before_attention=True)
         self.early_s = time.perf_counter() - started
@@ -175,14 +152,10 @@ class OffloadRuntime:
         if type(self.predictor) is NoPredictor or self._nothing_to_prefetch():
             return
         started = time.perf_counter()
-        states = hidden, self.residual, ids, weights, self.token_ids, self.pre_attention, self.previous_final
-        seen = LayerView(layer, self.step, self.sequence, *(self._for_predictor(state) for state in states))
+        seen = self.layer_view(layer, hidden, ids, weights)
         predictions = self._guarded(lambda: self.predictor.predict(seen), layer)
         self._prefetch(predictions, layer, computing)
         timer.predictor_s += time.perf_counter() - started
-
-    def _for_predictor(self, state: Tensor | None) -> Any:
-        return None if state is None else state.to(self.predicts_on)
 
     def _nothing_to_prefetch(self) -> bool:
         """With every expert on board predicting would only cost time."""

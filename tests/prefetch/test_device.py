@@ -6,6 +6,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from experiments.backend import refuse_gpu
 from experiments.config import register, validate
 from prefetch.device import compute_device
 from prefetch.errors import ConfigError
@@ -53,3 +54,11 @@ def test_backends_that_do_not_fit(overrides: list[str], said: str) -> None:
 def test_backends_that_do(overrides: list[str]) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         validate(compose("decode", overrides=overrides))
+
+
+def test_programs_of_the_cpu_say_so() -> None:
+    with (
+        initialize_config_dir(str(CONF), version_base="1.3"),
+        pytest.raises(ConfigError, match="experiments.x computes on the CPU"),
+    ):
+        refuse_gpu(compose("decode", overrides=["backend=cuda"]).backend, "experiments.x")
