@@ -53,10 +53,13 @@ def expert_mlps(xs: Sequence[Tensor], weights: Sequence[tuple[Tensor, Tensor]]) 
     """
     if len(xs) < 2:
         return [expert_mlp(x, *weight) for x, weight in zip(xs, weights, strict=True)]
-    row_bytes = weights[0][1].shape[1] * xs[0].element_size()
-    apart = row_bytes % ALIGNMENT_BYTES or any(_is_widened(x, gate_up) for x, (gate_up, _) in zip(xs, weights, strict=True))
-    if apart:
+    alone = [_is_widened(x, gate_up) for x, (gate_up, _) in zip(xs, weights, strict=True)]
+    if weights[0][1].shape[1] * xs[0].element_size() % ALIGNMENT_BYTES or all(alone):
         return [expert_mlp(x, *weight) for x, weight in zip(xs, weights, strict=True)]
+    if any(alone):
+        others = [index for index, widened in enumerate(alone) if not widened]
+        together = iter(expert_mlps([xs[index] for index in others], [weights[index] for index in others]))
+        return [expert_mlp(xs[i], *weights[i]) if widened else next(together) for i, widened in enumerate(alone)]
     inner = torch.cat([F.linear(x, gate_up) for x, (gate_up, _) in zip(xs, weights, strict=True)])
     parts = _activated(inner).split([len(x) for x in xs])
     return [F.linear(part, down) for part, (_, down) in zip(parts, weights, strict=True)]
