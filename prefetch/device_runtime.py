@@ -123,7 +123,8 @@ class DeviceRuntime(LayerServer):
         return torch.stack([chosen.get(d, nobody) for d in range(1, max(ahead) + 1)])
 
     def _await_prefetches(self) -> None:
-        if self.prefetching is not None:
+        """Those of this forward pass: while a graph is captured, its streams may wait for nothing from before."""
+        if self.prefetching is not None and self.prefetched is not None:
             torch.cuda.current_stream(self.slots.device).wait_stream(self.prefetching)
         self.prefetched = None
 

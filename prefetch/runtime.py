@@ -197,12 +197,15 @@ class OffloadRuntime(LayerServer):
         timer.expert_s += time.perf_counter() - started
 
     def _compute_in_place(self, call: LayerCompute, key: ExpertKey, timer: CallTimer) -> None:
+        started, stalled_s = time.perf_counter(), timer.stall_s
+        call.in_place(key, lambda: self._read(key, timer))
+        timer.expert_s += time.perf_counter() - started - (timer.stall_s - stalled_s)
+
+    def _read(self, key: ExpertKey, timer: CallTimer) -> tuple[Tensor, Tensor]:
         started = time.perf_counter()
-        gate_up, down = self.read_expert(key)
-        read = time.perf_counter()
-        timer.stall_s += read - started
-        call.in_place(key, gate_up, down)
-        timer.expert_s += time.perf_counter() - read
+        weights = self.read_expert(key)
+        timer.stall_s += time.perf_counter() - started
+        return weights
 
     def _compute_as_they_arrive(
         self, call: LayerCompute, demands: list[Demand], waiting: list[Demand], timer: CallTimer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,8 +24,9 @@ class LayerCompute(ABC):
         """Compute `keys`, complete in `slots`. The slots may be released when this returns."""
 
     @abstractmethod
-    def in_place(self, key: ExpertKey, gate_up: Tensor, down: Tensor) -> None:
-        """Compute `key`, which has no slot, from its weights in the backing tier: gate_up [2I, H] and down [H, I], on the host."""
+    def in_place(self, key: ExpertKey, read: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        """Compute `key`, which has no slot, where it lies. `read` brings its gate_up [2I, H] and down [H, I] from the backing tier to
+        the CPU; who can do without does not call it."""
 
     @abstractmethod
     def finish(self) -> Tensor:

@@ -33,13 +33,13 @@ class KernelLayer(LayerCompute):
         if keys:
             self._add(keys, [self.experts.pool.address(slot) for slot in slots])
 
-    def in_place(self, key: ExpertKey, gate_up: Tensor, down: Tensor) -> None:
+    def in_place(self, key: ExpertKey, read: Callable[[], tuple[Tensor, Tensor]]) -> None:
         if self.experts.mapped_address is not None:
             self._add([key], [self.experts.mapped_address(key)])
             return
         if self.inputs_of_cpu is None:
             self.inputs_of_cpu = self.work.inputs(self.hidden.cpu())
-        self.rows_of_cpu[key.expert] = expert_mlp(self.inputs_of_cpu[key.expert], gate_up, down)
+        self.rows_of_cpu[key.expert] = expert_mlp(self.inputs_of_cpu[key.expert], *read())
         self.parts.leave_out(self._pairs_of([key]))
 
     def finish(self) -> Tensor:

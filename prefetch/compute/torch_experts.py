@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ class TorchLayer(LayerCompute):
         found = expert_mlps([self.inputs[key.expert] for key in keys], weights)
         self.rows.update((key.expert, outputs) for key, outputs in zip(keys, found, strict=True))
 
-    def in_place(self, key: ExpertKey, gate_up: Tensor, down: Tensor) -> None:
-        self.rows[key.expert] = expert_mlp(self.inputs[key.expert], gate_up, down)
+    def in_place(self, key: ExpertKey, read: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        self.rows[key.expert] = expert_mlp(self.inputs[key.expert], *read())
 
     def finish(self) -> Tensor:
         return self.work.combine(self.rows, self.weights)

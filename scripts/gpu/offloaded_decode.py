@@ -9,6 +9,7 @@ Arms: SLRU without prefetch, gate reuse, an oracle, and with all experts residen
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,7 @@ def decode_speeds(machine: Machine, setting: Setting) -> Iterator[ArmSpeed]:
         slots = SlotPool(setting.geometry, n_slots, machine.device).rows
         device_driven = _measured(scene, [DeviceArm(scene, name, slots, source) for name in names])
         del slots
+        gc.collect()  # the pool's memory, so that the next one finds room under the cap
         host_driven = _measured(scene, list(_host_arms(scene, names, n_slots, source, stack)))
     bound = _resident(scene)
     for speed in device_driven:
