@@ -37,20 +37,36 @@ def time_calls(calls: Sequence[Callable[[], Any]]) -> Timing:
         for call in calls:
             call()
     torch.cuda.synchronize()
-    replay, captured = _captured(calls)
+    eager = _waits_for_device(calls[0])
+    replay, captured = (lambda: [call() for call in calls], False) if eager else (_captured(calls), True)
     first, second = (_median_us(replay) / len(calls) for _ in range(2))
     return Timing(first, second, captured)
 
 
-def _captured(calls: Sequence[Callable[[], Any]]) -> tuple[Callable[[], Any], bool]:
-    graph = torch.cuda.CUDAGraph()
+def _waits_for_device(call: Callable[[], Any]) -> bool:
+    """Whether `call`, which has run before, asks the device for something, which no graph can hold.
+
+    Asked beforehand, because a capture that fails leaves the allocator of a PyTorch without pytorch #180395 believing that it goes
+    on: nothing that is timed afterwards can be captured then.
+    """
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        with torch.cuda.graph(graph):
-            outputs = [call() for call in calls]
-    except RuntimeError:  # a synchronisation inside: graphs do not allow it
-        torch.cuda.synchronize()
-        return lambda: [call() for call in calls], False
-    return partial(_replay, graph, outputs), True
+        call()
+    except RuntimeError as failure:
+        if "synchronizing CUDA operation" not in str(failure):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return False
+
+
+def _captured(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [call() for call in calls]
+    return partial(_replay, graph, outputs)
 
 
 def _replay(graph: torch.cuda.CUDAGraph, outputs: list[Any]) -> None:
