@@ -152,6 +152,7 @@ def _transfers(shapes: list[MoEShape]) -> list[dict[str, Any]]:
 
 def _decode(shape: DecodeShape, how: QuantFormat | None) -> dict[str, Any]:
     setting = Setting(shape, how, CARD_BYTES)
+    torch.cuda.empty_cache()  # what earlier sections have left would count against the limit
     limit_memory(torch.device("cuda"), min(CARD_BYTES, torch.cuda.get_device_properties(0).total_memory))
     try:
         speeds = list(decode_speeds(Machine(torch.device("cuda")), setting))

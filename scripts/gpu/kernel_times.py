@@ -37,6 +37,7 @@ class KernelTime:
 def kernel_times(shape: MoEShape, dtype: torch.dtype, deadline: Callable[[], bool]) -> Iterator[KernelTime]:
     """All token counts and providers of one shape; what comes after the deadline, or does not fit, is said to be skipped."""
     n_bytes = 2 * N_SETS * shape.n_experts * shape.geometry(dtype).row_bytes
+    torch.cuda.empty_cache()  # what an earlier shape has left would count as taken
     free_bytes, _ = torch.cuda.mem_get_info()
     for n_tokens in TOKENS:
         reason = None
