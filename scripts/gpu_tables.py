@@ -12,7 +12,7 @@ from typing import Any
 
 from experiments.atomic import write_text
 from prefetch.errors import GatecastError, ResultsError
-from scripts.gpu_check import RESULTS, TARGETS
+from scripts.gpu_check import COPY_TARGET, RESULTS, TARGETS
 from scripts.results_page import filled
 
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
@@ -104,7 +104,9 @@ def transfers_table(rates: list[Found]) -> str:
         best = max(other["bytes_per_s"] for other in rates if other["shape"] == rate["shape"])
         gb, share = f"{rate['bytes_per_s'] / 1e9:.1f}", f"{rate['bytes_per_s'] / best:.0%}"
         rows.append([rate["shape"], f"{rate['row_bytes'] / 1e6:.2f}", rate["way"], gb, share])
-    return _table(rows)
+    fastest = max(rate["bytes_per_s"] for rate in rates if rate["way"].startswith("copy engine"))
+    verdict = "met" if fastest >= COPY_TARGET else "missed"
+    return _table(rows) + f"\n\nCopy engine at best {fastest / 1e9:.1f} GB/s; target {COPY_TARGET / 1e9:.0f}: {verdict}."
 
 
 def _versions(found: Found) -> str:

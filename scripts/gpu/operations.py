@@ -15,6 +15,7 @@ from torch.nn.functional import linear, rms_norm
 
 from kernels.cache_plan import cache_plan, cache_plan_reference
 from kernels.device_cache import CachePlan, DeviceCache, slru_protected
+from kernels.gather_rows import gather_rows
 from kernels.moe_call import MoECall, moe_mlp_reference
 from kernels.moe_mlp import moe_mlp
 from kernels.predict_corrected_gate import (
@@ -29,6 +30,7 @@ from kernels.quantised_experts import QuantisedGeometry, QuantisedTable
 from kernels.route_and_predict import route_and_predict
 from kernels.router_call import RouterCall, route_and_predict_reference
 from kernels.routing import Routing
+from kernels.slot_table import addresses_of
 from scripts.gpu.shapes import MoEShape
 
 MLP_WIDTH = 256  # PreScope's middle nets
@@ -60,6 +62,7 @@ def operations() -> dict[str, MakeCase]:
         "predict_mlp": _predict_mlp,
         "predict_corrected_gate": _corrected_gate,
         "cache_plan": _cache_plan,
+        "gather_rows": _gather_rows,
         **{
             f"experts in {how}": _quantised(how)
             for how in (QuantFormat("int4", 64), QuantFormat("int8", 64), QuantFormat("fp8"), QuantFormat("mxfp4", 32))
@@ -176,15 +179,41 @@ def _cache_plan(shape: MoEShape, n_tokens: int, dtype: torch.dtype, device: str,
     plan = CachePlan.empty(ids, predicted.numel())
 
     def ours() -> Tensor:
-        cache_plan(cache, 0, ids, predicted, plan)
-        return cache.slot_of
+        return _books(cache, cache_plan(cache, 0, ids, predicted, plan))
 
     def exact() -> Tensor:
         expected = empty()
-        cache_plan_reference(expected, 0, ids, predicted)
-        return expected.slot_of
+        return _books(expected, cache_plan_reference(expected, 0, ids, predicted))
 
     return Case(ours, exact, _flashlib(shape, ids, n_slots))
+
+
+def _books(cache: DeviceCache, plan: CachePlan) -> Tensor:
+    """All that a plan decides, int64, in one tensor; entries of the copy list past its end are undefined and set to 0."""
+    listed = torch.arange(len(plan.copy_keys), device=plan.copy_keys.device) < plan.copy_bounds[2]
+    copies = (torch.where(listed, entries, 0) for entries in (plan.copy_keys, plan.copy_slots))
+    state = cache.slot_of, cache.key_of, cache.segment, cache.stamp, cache.clock, cache.counters
+    return torch.cat([part.flatten().long() for part in (*state, plan.slot_ids, plan.copy_bounds, *copies)])
+
+
+def _gather_rows(shape: MoEShape, n_tokens: int, dtype: torch.dtype, device: str, seed: int) -> Case | None:
+    """One token's experts out of pinned memory, by the kernel."""
+    if n_tokens > 1:
+        return None
+    n_rows, row_bytes = shape.top_k, shape.geometry(dtype).row_bytes
+    rows = torch.randint(256, (n_rows, row_bytes), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    rows = rows.pin_memory() if device == "cuda" else rows
+    slots, row_of = torch.zeros(n_rows, row_bytes, dtype=torch.uint8, device=device), addresses_of(rows)[None].to(device)
+    plan = CachePlan.empty(torch.empty(1, n_rows, dtype=torch.int32, device=device), 0)
+    plan.copy_keys.copy_(torch.arange(n_rows))
+    plan.copy_slots.copy_(torch.arange(n_rows).flip(0))
+    plan.copy_bounds.copy_(torch.tensor([0, n_rows, n_rows]))
+
+    def ours() -> Tensor:
+        gather_rows(slots, row_of, plan)
+        return slots
+
+    return Case(ours, lambda: rows.flip(0).to(device))
 
 
 def _flashlib(shape: MoEShape, ids: Tensor, n_slots: int) -> dict[str, Callable[[], object]]:

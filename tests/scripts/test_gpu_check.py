@@ -98,14 +98,14 @@ def test_operations_beside_the_experts_are_right() -> None:
     found = operation_verdicts("cpu", (TINY,), (1, 2))
     assert {v.provider for v in found} == set(operations())
     assert all(v.passed for v in found), [v for v in found if not v.passed]
-    assert all(v.error == 0 for v in found if v.provider == "cache_plan")
+    assert all(v.error == 0 for v in found if v.provider in ("cache_plan", "gather_rows"))
 
 
 def test_peers_of_operations_run_and_say_what_is_read() -> None:
     for name, make in operations().items():
-        case = make(TINY, 2, torch.float32, "cpu", 0)
+        case = make(TINY, 1, torch.float32, "cpu", 0)
         assert case is not None
-        assert (case.reads is None) == (name == "cache_plan")
+        assert (case.reads is None) == (name in ("cache_plan", "gather_rows"))
         for peer in case.peers.values():
             peer()
 

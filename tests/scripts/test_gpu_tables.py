@@ -50,6 +50,7 @@ def test_what_was_measured_stands_beside_its_target() -> None:
     assert "| slru | device | 900 | 30.0 [29.0, 31.0] | 80% | 200 | not measured |" in text
     assert "| resident | nobody | 6144 | not measured: all experts take 58 GB |" in text
     assert "| OLMoE | 12.60 | copy by a kernel | 40.0 | 80% |" in text
+    assert "Copy engine at best 50.0 GB/s; target 52: missed." in text
 
 
 def test_without_a_device_every_target_is_not_measured() -> None:
