@@ -24,7 +24,7 @@ from rich.console import Console
 from experiments import launch, plots, tables
 from experiments.arm import ArmRun, leaves_in_place, run_arm, slot_budget
 from experiments.atomic import write_text
-from experiments.backend import BackingTiers, build_source, use_device
+from experiments.backend import BackingTiers, use_device
 from experiments.config import CACHE_COMMON, repository_path, validate
 from experiments.expert_store import open_store, quant_format
 from experiments.generation import Generation, divergences, generate_all, same_bits
@@ -73,12 +73,11 @@ def decode(cfg: DictConfig, folder: Path) -> None:
         slot_budget(arm.cfg, store.geometry)  # too few slots are known before anything runs
     batches = workload_batches(cfg, model_folder)
     reference = _reference(cfg, model_folder, dtype, device, batches) if cfg.check_tokens else None
-    link_bytes_per_s = _link_rate(cfg, store)
-
     model = load_offloaded(model_folder, dtype, device)
     metadata = {"model": model_folder.name, "fingerprint": store.fingerprint, "workload": str(OmegaConf.to_yaml(cfg.workload))}
     recording: RoutingTrace | None = None
-    with progress_bar("decoding", (cfg.repeats + 1) * len(arms)) as advance, BackingTiers(store) as tiers:
+    with BackingTiers(store) as tiers, progress_bar("decoding", (cfg.repeats + 1) * len(arms)) as advance:
+        link_bytes_per_s = _link_rate(cfg, store, tiers, device)
         for repeat in range(-1, cfg.repeats):  # the first pass warms up and records what oracles read; it is not measured
             for name in _rotated(list(arms), repeat):
                 arm = arms[name]
@@ -189,15 +188,11 @@ def _reference(
     return generations
 
 
-def _link_rate(cfg: DictConfig, store: ExpertStore) -> float:
+def _link_rate(cfg: DictConfig, store: ExpertStore, tiers: BackingTiers, device: torch.device) -> float:
     """Bytes/s that `link_utilisation` is a share of: the emulated link's, or the backing tier's own, measured now."""
     if cfg.tier.link is not None:
         return float(cfg.tier.link.bytes_per_s)
-    source = build_source(cfg, store)
-    try:
-        return measured_bytes_per_s(source, store.geometry, cfg.tier.n_threads)
-    finally:
-        source.close()
+    return measured_bytes_per_s(tiers.of(cfg), store.geometry, cfg.tier.n_threads, device)
 
 
 def _check(name: str, run: ArmRun, reference: list[Generation] | None, arms: dict[str, Measured], epsilon: float) -> None:

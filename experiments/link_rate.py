@@ -6,29 +6,31 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
 
 from prefetch.geometry import ExpertKey, MoEGeometry
-from prefetch.memory import allocate_pages
+from prefetch.slots import SlotPool
 from prefetch.transfers.sources import Source
 
 N_READS = 256
 N_BUFFERS = 64
 
 
-def measured_bytes_per_s(source: Source, geometry: MoEGeometry, n_threads: int, n_reads: int = N_READS) -> float:
-    """Bytes per second of `n_reads` random expert rows, read by `n_threads` threads into memory like that of the slots."""
+def measured_bytes_per_s(
+    source: Source, geometry: MoEGeometry, n_threads: int, device: torch.device | str = "cpu", n_reads: int = N_READS
+) -> float:
+    """Bytes per second of `n_reads` random expert rows, read by `n_threads` threads into memory like that of the slots on `device`."""
     row_bytes = geometry.expert.row_bytes
-    whole = memoryview(allocate_pages(N_BUFFERS * row_bytes, "measuring the link"))
-    buffers = [whole[first : first + row_bytes] for first in range(0, len(whole), row_bytes)]
+    pool = SlotPool(geometry, N_BUFFERS, device)
     flat = np.random.default_rng(0).integers(geometry.n_total, size=n_reads)
     keys = [ExpertKey(*divmod(int(i), geometry.n_experts)) for i in flat]
 
     def read_share(thread: int) -> None:
         for i in range(thread, n_reads, n_threads):
-            source.read_into(keys[i], 0, buffers[i % N_BUFFERS])
+            source.read_to(keys[i], 0, pool.address(i % N_BUFFERS), row_bytes)
 
-    with ThreadPoolExecutor(n_threads) as pool:
-        list(pool.map(read_share, range(n_threads)))  # once to warm up: first touch of the buffers
+    with ThreadPoolExecutor(n_threads) as threads:
+        list(threads.map(read_share, range(n_threads)))  # once to warm up: first touch of the buffers
         started = time.perf_counter()
-        list(pool.map(read_share, range(n_threads)))
+        list(threads.map(read_share, range(n_threads)))
     return n_reads * row_bytes / (time.perf_counter() - started)

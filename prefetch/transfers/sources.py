@@ -51,11 +51,15 @@ class Source(ABC):
         Raises:
             TransferError: the bytes cannot be read; `buffer` then holds anything.
         """
+        self.read_to(key, start, address_of(buffer), len(buffer))
+
+    def read_to(self, key: ExpertKey, start: int, address: int, n_bytes: int) -> None:
+        """The same, to `address`: where slots are, which is not always memory of the CPU's."""
         job, n_read = NativeJob(offset=self.offset_of(key)), ctypes.c_int64()
         context, row = ctypes.addressof(self.context), ctypes.addressof(job)
-        code = self.reader(context, row, start, len(buffer), address_of(buffer), ctypes.addressof(n_read))
+        code = self.reader(context, row, start, n_bytes, address, ctypes.addressof(n_read))
         if code:
-            raise self.error(key, start, code, n_read.value, len(buffer))
+            raise self.error(key, start, code, n_read.value, n_bytes)
 
     def error(self, key: ExpertKey, start: int, code: int, n_read: int, n_wanted: int) -> TransferError:
         """What it means that reading `n_wanted` bytes from byte `start` of a row ended with `code` after `n_read` bytes."""

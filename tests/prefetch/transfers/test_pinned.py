@@ -124,6 +124,11 @@ def test_kernels_and_the_cpu_find_rows_in_pinned_memory(gpu: Gpu) -> None:
     assert gpu.source.row(KEYS[3]) == row_of(KEYS[3], ROW_BYTES)
 
 
+def test_a_bare_read_goes_where_it_is_told(gpu: Gpu) -> None:
+    gpu.source.read_to(KEYS[7], 0, address_of(gpu.slot(5)), ROW_BYTES)
+    assert gpu.slot(5) == row_of(KEYS[7], ROW_BYTES) and gpu.driver.read("n_copied") == ROW_BYTES
+
+
 def test_a_truncated_file_is_reported(gpu: Gpu) -> None:
     beyond = gpu.transfers.submit(ExpertKey(0, N_EXPERTS), 0, demand=True)
     gpu.transfers.wait_any([beyond])
