@@ -26,10 +26,9 @@ from prefetch.cache.base import CachePolicy
 from prefetch.cache.none import NoCache
 from prefetch.cache.resident import Resident
 from prefetch.errors import CapacityError
-from prefetch.families import family_of
 from prefetch.fast_tier import FastTier
 from prefetch.geometry import ExpertKey, MoEGeometry
-from prefetch.model import attach, model_view
+from prefetch.model import attach
 from prefetch.planner.none import NoPrefetch
 from prefetch.recorder import RunRecord
 from prefetch.runtime import OffloadRuntime
@@ -153,7 +152,7 @@ def run_arm(
     gc.collect()  # so that no arm pays for the garbage of another
     with runtime(cfg, store, trace, source) as served:
         with attach(model, served):
-            served.tier.preload(preload_order(cfg.cache, model_view(model, family_of(model.config), store.geometry)))
+            served.tier.preload(preload_order(cfg.cache, served.model))
             generations = list(generate_all(model, batches, cfg.workload, cfg.seed))
         served.finish()
         failed = isinstance(served.predictor, NoPredictor) and not _is(cfg.predictor, NoPredictor)

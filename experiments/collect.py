@@ -111,7 +111,7 @@ def collect(cfg: DictConfig, folder: Path) -> None:
         if writer is not None:
             served.predictor = writer
         with attach(model, served), listening(model, writer):
-            index = _index(cfg, documents, served.predictor.model.fingerprint)
+            index = _index(cfg, documents, served.model.fingerprint)
             _continue_or_begin(folder, index)
             _run_all(cfg, model, served, writer, documents, folder)
     recording = Recording(folder)

@@ -93,20 +93,30 @@ class DeviceCache:
         n_slots = capacity + staging + transient
         check_at_most("slots", n_slots, "MAX_SLOTS", MAX_SLOTS)
 
-        def full(shape: tuple[int, ...], value: int, dtype: torch.dtype) -> Tensor:
-            return torch.full(shape, value, dtype=dtype, device=device)
+        def integers(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
 
-        return cls(
-            slot_of=full((n_layers, n_experts), -1, torch.int32),
-            key_of=full((n_slots,), -1, torch.int32),
-            segment=full((n_slots,), Segment.FREE, torch.int32),
-            stamp=full((n_slots,), 0, torch.int64),
-            clock=full((1,), 0, torch.int64),
-            counters=full((len(Counter),), 0, torch.int64),
+        cache = cls(
+            slot_of=integers(n_layers, n_experts),
+            key_of=integers(n_slots),
+            segment=integers(n_slots),
+            stamp=integers(n_slots, dtype=torch.int64),
+            clock=integers(1, dtype=torch.int64),
+            counters=integers(len(Counter), dtype=torch.int64),
             capacity=capacity,
             protected_capacity=protected_capacity,
             staging=staging,
         )
+        cache.clear()
+        return cache
+
+    def clear(self) -> None:
+        """All slots free, all counts zero; in place, so that a captured graph sees it."""
+        for tensor, value in (
+            (self.slot_of, -1), (self.key_of, -1), (self.segment, Segment.FREE),
+            (self.stamp, 0), (self.clock, 0), (self.counters, 0),
+        ):  # fmt: skip
+            tensor.fill_(value)
 
     @property
     def n_slots(self) -> int:

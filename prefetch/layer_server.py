@@ -31,7 +31,8 @@ class LayerServer(ABC):
         self.previous_final: Tensor | None = None  # that of the forward pass before the one in progress
 
     def bind(self, model: ModelView) -> None:
-        """Tell the predictor about the model."""
+        """Tell the predictor about the model, which `model` then shows to others too."""
+        self.model = model
         self.predictor.bind(model)
 
     def begin_forward(self, token_ids: Tensor, *, new_sequence: bool) -> None:

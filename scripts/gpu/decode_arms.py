@@ -38,6 +38,7 @@ class Arm(ABC):
     name: str
     driven_by: str
     n_slots: int
+    out: Tensor | None = None  # logits of the last token, [1, V]
 
     @abstractmethod
     def restart(self) -> None:
@@ -51,9 +52,8 @@ class Arm(ABC):
     def tally(self) -> tuple[int, int, int, float | None]:
         """Experts needed, hits, bytes moved, and seconds stalled where known, since `restart`; waits for the device."""
 
-    @abstractmethod
-    def logits(self) -> Tensor:
-        """Of the last token, [1, V]."""
+    def finish(self) -> None:
+        """Leave what arms share to the next one."""
 
 
 class GeneratedSource(PinnedSource):
@@ -97,7 +97,6 @@ class DeviceArm(Arm):
         self.ids = self.routing[0].clone()
         self.guessed = torch.from_numpy(scene.guesses[name]).to(slots.device) if name in RECALL else None
         self.guesses = self.guessed[0].clone() if self.guessed is not None else None
-        self.out: Tensor | None = None
         self.replay = scene.machine.captured(self._step)
 
     def _step(self) -> None:
@@ -110,17 +109,7 @@ class DeviceArm(Arm):
         self.runtime.end_forward()
 
     def restart(self) -> None:
-        empty = DeviceCache.empty(
-            self.cache.n_layers,
-            self.cache.n_experts,
-            capacity=self.cache.capacity,
-            staging=self.cache.staging,
-            transient=self.cache.n_slots - self.cache.capacity - self.cache.staging,
-            protected_capacity=self.cache.protected_capacity,
-            device=self.ids.device,
-        )
-        for name in ("slot_of", "key_of", "segment", "stamp", "clock", "counters"):
-            getattr(self.cache, name).copy_(getattr(empty, name))
+        self.cache.clear()
         self.scene.model.restart()
 
     def token(self, index: int) -> None:
@@ -134,10 +123,6 @@ class DeviceArm(Arm):
         hits = counts["hits"] + counts["useful"]
         moved = (counts["misses"] + counts["prefetches"]) * self.scene.setting.geometry.expert.row_bytes
         return hits + counts["misses"], hits, moved, None
-
-    def logits(self) -> Tensor:
-        assert self.out is not None
-        return self.out
 
 
 class ReplayedGuesses(Predictor):
@@ -153,9 +138,8 @@ class ReplayedGuesses(Predictor):
         if target >= self.guesses.shape[1]:
             return []
         ids = self.guesses[self.token, target]
-        falling = torch.arange(len(ids), 0, -1, dtype=torch.float32)
         scores = torch.full((1, self.n_experts), -torch.inf)
-        scores[0, ids] = falling
+        scores[0, ids] = torch.arange(len(ids), 0, -1, dtype=torch.float32)
         return [Prediction(target, scores)]
 
 
@@ -168,7 +152,6 @@ class HostArm(Arm):
         self.scene, self.name, self.n_slots = scene, name, pool.n_slots
         self.pool, self.transfers = pool, transfers
         self.routing = torch.from_numpy(scene.routing).to(scene.machine.device)
-        self.out: Tensor | None = None
         self.runtime: OffloadRuntime | None = None
 
     def restart(self) -> None:
@@ -185,7 +168,6 @@ class HostArm(Arm):
         self.scene.model.restart()
 
     def finish(self) -> None:
-        """Leave the pool empty for the next arm."""
         if self.runtime is None:
             return
         self.runtime.finish()
@@ -216,10 +198,6 @@ class HostArm(Arm):
             float(calls["stall_s"].sum()),
         )
 
-    def logits(self) -> Tensor:
-        assert self.out is not None
-        return self.out
-
 
 class ResidentArm(Arm):
     """Every expert in device memory: the bound."""
@@ -238,7 +216,6 @@ class ResidentArm(Arm):
         self.table = expert_table(geometry.expert, (pool,), slot_of)
         self.routing = torch.from_numpy(scene.routing).to(device)
         self.ids, self.n_decoded = self.routing[0].clone(), 0
-        self.out: Tensor | None = None
         self.replay = scene.machine.captured(self._step)
 
     def _step(self) -> None:
@@ -259,10 +236,6 @@ class ResidentArm(Arm):
         self.scene.machine.wait()
         needed = self.n_decoded * self.ids.numel()
         return needed, needed, 0, 0.0
-
-    def logits(self) -> Tensor:
-        assert self.out is not None
-        return self.out
 
 
 def _no_reading(key: ExpertKey) -> tuple[Tensor, Tensor]:

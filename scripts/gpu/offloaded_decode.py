@@ -57,14 +57,15 @@ def decode_speeds(machine: Machine, setting: Setting) -> Iterator[ArmSpeed]:
         device_driven = _measured(scene, [DeviceArm(scene, name, slots, source) for name in names])
         del slots
         gc.collect()  # the pool's memory, so that the next one finds room under the cap
-        host_driven = _measured(scene, list(_host_arms(scene, names, n_slots, source, stack)))
+        host_driven = _measured(scene, _host_arms(scene, names, n_slots, source, stack))
     bound = _resident(scene)
     for speed in device_driven:
         yield _with_stall(speed, bound)
     yield from (*host_driven, bound)
 
 
-def _host_arms(scene: Scene, names: Sequence[str], n_slots: int, source: PinnedSource, stack: ExitStack) -> Iterator[HostArm]:
+def _host_arms(scene: Scene, names: Sequence[str], n_slots: int, source: PinnedSource, stack: ExitStack) -> list[Arm]:
+    """One pool and its transfers, in turn; `stack` closes them."""
     machine = scene.machine
     fences = stack.enter_context(closing(SlotFences(source.driver, n_slots, machine.compute_stream)))
     pool = SlotPool(scene.setting.geometry, n_slots, machine.device, on_release=fences.raise_at)
@@ -72,20 +73,18 @@ def _host_arms(scene: Scene, names: Sequence[str], n_slots: int, source: PinnedS
         source, pool.buffer, n_threads=N_THREADS, chunk_bytes=CHUNK_BYTES, slot_address=pool.address, fence=fences.event
     )
     stack.enter_context(closing(transfers))
-    for name in names:
-        arm = HostArm(scene, name, pool, transfers)
-        yield arm
+    return [HostArm(scene, name, pool, transfers) for name in names]
 
 
 def _resident(scene: Scene) -> ArmSpeed:
-    geometry, cuda = scene.setting.geometry, scene.machine.device.type == "cuda"
-    if cuda:
+    geometry = scene.setting.geometry
+    if scene.machine.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0)
-    free_bytes = torch.cuda.mem_get_info()[0] if cuda else geometry.total_bytes + 1
-    if geometry.total_bytes > 0.95 * free_bytes and cuda:
-        reason = f"all experts take {geometry.total_bytes / 1e9:.0f} GB, {free_bytes / 1e9:.0f} GB are free"
-        return ArmSpeed(*_labels(scene), "nobody", "resident", geometry.n_total, skipped=reason)
+        free_bytes, _ = torch.cuda.mem_get_info()
+        if geometry.total_bytes > 0.95 * free_bytes:
+            reason = f"all experts take {geometry.total_bytes / 1e9:.0f} GB, {free_bytes / 1e9:.0f} GB are free"
+            return ArmSpeed(*_labels(scene), "nobody", "resident", geometry.n_total, skipped=reason)
     return _measured(scene, [ResidentArm(scene)])[0]
 
 
@@ -105,11 +104,9 @@ def _measured(scene: Scene, arms: list[Arm]) -> list[ArmSpeed]:
         scene.machine.wait()
         times[arm.name].append(time.perf_counter() - began_s)
         tallies[arm.name] = before, arm.tally()
-        if isinstance(arm, HostArm):
-            arm.finish()
-    reference = arms[0].logits()
+        arm.finish()
     for arm in arms[1:]:
-        if not torch.equal(arm.logits(), reference):
+        if arm.out is None or arms[0].out is None or not torch.equal(arm.out, arms[0].out):
             raise AssertionError(f"arm {arm.name} computed other logits than arm {arms[0].name}: please report it")
     return [_speed(scene, arm, times[arm.name], *tallies[arm.name]) for arm in arms]
 

@@ -10,10 +10,9 @@ from kernels.read_only import read_rows
 from scripts.gpu.correctness import SMALL, TOKENS, TOLERANCES, Verdict
 from scripts.gpu.kernel_times import N_SETS, KernelTime
 from scripts.gpu.operations import Case, operations
+from scripts.gpu.shapes import TOKENS as TIMED_TOKENS
 from scripts.gpu.shapes import MoEShape
 from scripts.gpu.timing import time_calls
-
-TIMED_TOKENS = (1, 2, 4, 8, 16, 64, 512)
 
 
 def operation_verdicts(device: str, shapes: tuple[MoEShape, ...] = SMALL, tokens: tuple[int, ...] = TOKENS) -> list[Verdict]:
