@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,14 @@ class Dispatch:
     @cached_property
     def order(self) -> Tensor:
         """int64 [T * k] on the CPU: all pairs, expert by expert."""
-        return torch.tensor([pair for pairs in self.pairs.values() for pair in pairs])
+        return torch.from_numpy(np.array([pair for pairs in self.pairs.values() for pair in pairs]))
+
+    @cached_property
+    def places(self) -> Tensor:
+        """int64 [T * k] on the CPU: where each pair stands in `order`."""
+        places = torch.empty_like(self.order)
+        places[self.order] = torch.arange(len(places))
+        return places
 
     def inputs(self, hidden: Tensor) -> dict[int, Tensor]:
         """For each needed expert the states [n, H] of its tokens, out of `hidden` [T, H]."""
@@ -45,7 +53,7 @@ class Dispatch:
         """
         together = torch.cat([rows[expert] for expert in self.pairs])
         if len(weights) > 1:
-            together = torch.empty_like(together).index_copy_(0, self.order.to(together.device), together)
+            together = together.index_select(0, self.places.to(together.device))
         return weighted_sum(together.view(*weights.shape, -1), weights)
 
 
