@@ -25,6 +25,7 @@ from prefetch.errors import CheckpointError, UnsupportedModelError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+LANGUAGE_PART = "model.language_model."  # how multimodal checkpoints begin the names of what is else in "model."
 SAMPLE_BYTES = 4096
 N_SAMPLES = 64  # per shard, for the fingerprint
 
@@ -57,6 +58,10 @@ class Checkpoint:
     Args:
         folder: holds config.json and model.safetensors, or model.safetensors.index.json with its shards.
 
+    Attributes:
+        config: of the language model; a multimodal checkpoint's other parts are left aside. Tensors have the names that a
+            checkpoint of the language model alone would give them.
+
     Raises:
         CheckpointError: a file is missing, damaged or shorter than its header says.
         UnsupportedModelError: transformers does not know the architecture.
@@ -64,9 +69,10 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.config = _read_config(self.folder)
+        self.config = read_config(self.folder)
         self._shards = [_read_shard(path) for path in _shard_paths(self.folder)]
-        self._entries = {name: entry for shard in self._shards for name, entry in shard.entries.items()}
+        named = [(name, entry) for shard in self._shards for name, entry in shard.entries.items()]
+        self._entries = {name.replace(LANGUAGE_PART, "model.", 1): entry for name, entry in named}
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -121,13 +127,18 @@ class Checkpoint:
         return entry
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
+def read_config(folder: Path) -> PretrainedConfig:
+    """The configuration of the language model in `folder`.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: as `Checkpoint` does.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; a checkpoint holds config.json and {SINGLE_FILE} or {INDEX_FILE}")
     _read_json(path)
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
     except StrictDataclassError as error:
         raise CheckpointError(f"{path}: {_one_line(error)}") from error
     except (ValueError, OSError) as error:

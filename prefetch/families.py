@@ -48,7 +48,7 @@ MIXTRAL_EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}."
 FAMILIES = (
     Family(
         "qwen_moe",
-        model_types=("qwen3_moe", "qwen2_moe"),
+        model_types=("qwen3_moe", "qwen2_moe", "qwen3_5_moe_text"),
         gate=QWEN_EXPERT + "gate_proj.weight",
         up=QWEN_EXPERT + "up_proj.weight",
         down=QWEN_EXPERT + "down_proj.weight",

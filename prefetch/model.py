@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from kernels.quantised import QuantFormat, dequantise, quantise
 from predictors.base import ModelView, PreGateView
-from prefetch.checkpoint import Checkpoint
+from prefetch.checkpoint import Checkpoint, read_config
 from prefetch.errors import CheckpointError, UnsupportedModelError
 from prefetch.families import Family, family_of, moe_layer_indices
 from prefetch.geometry import MoEGeometry
@@ -42,7 +42,7 @@ def load_offloaded(folder: Path, dtype: torch.dtype, device: torch.device | str 
         UnsupportedModelError: no family knows where this architecture keeps its experts, or it is not a SwiGLU MoE.
         CheckpointError: non-expert weights are missing from the checkpoint, or it ships pre-gates that do not fit it.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     family = family_of(config)
     if config.hidden_act not in ("silu", "swish"):
         raise UnsupportedModelError(f"{folder}: hidden_act={config.hidden_act!r}; gatecast's expert MLP computes 'silu' only")

@@ -3,7 +3,8 @@
 The format, beside the model's own tensors and options:
     model.layers.{N}.mlp.pre_gate.weight  [E, H] float, for every MoE layer N that has a layer to select for, N the decoder
         layer's number (`Family.pre_gate` names it for other families); applied to the router input of layer N, without bias
-    config.json: "pre_gate_level": 1, the number of MoE layers ahead; "pre_gate_mode": "hint" | "route"
+    config.json: "pre_gate_level": 1, the number of MoE layers ahead; "pre_gate_mode": "hint" | "route"; in its "text_config" where
+        it has one
 
 `hint`: the model's own routers decide, the heads only say early what they will say. `route`: the heads decide, and the routers
 of the layers they select for are not used, as in Pre-gated MoE (arXiv 2308.12066); such a model is another model than the one
@@ -97,7 +98,8 @@ def add_pre_gates(folder: Path, pre_gates: PreGates) -> None:
         (folder / SINGLE_FILE).rename(folder / FIRST_SHARD)
     _write_json(folder / INDEX_FILE, index)
     config = json.loads((folder / "config.json").read_text())
-    _write_json(folder / "config.json", config | {LEVEL: pre_gates.level, MODE: pre_gates.mode})
+    config.get("text_config", config).update({LEVEL: pre_gates.level, MODE: pre_gates.mode})
+    _write_json(folder / "config.json", config)
     read_pre_gates(Checkpoint(folder))
 
 

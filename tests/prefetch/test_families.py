@@ -13,6 +13,7 @@ from transformers import (
     OlmoeConfig,
     PretrainedConfig,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
     Qwen3MoeConfig,
 )
 
@@ -31,6 +32,7 @@ CONFIGS = {
     "olmoe": OlmoeConfig(**SIZES, intermediate_size=48, num_experts=4, num_experts_per_tok=2),
     "qwen2_moe": Qwen2MoeConfig(**SIZES, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=3),
     "qwen3_moe": Qwen3MoeConfig(**SIZES, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=1),
+    "qwen3_5_moe": Qwen3_5MoeTextConfig(**SIZES, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=3),
     "qwen3_moe, some dense": Qwen3MoeConfig(
         **SIZES, moe_intermediate_size=16, num_experts=4, mlp_only_layers=[3], decoder_sparse_step=2
     ),
@@ -73,7 +75,9 @@ def test_the_mixed_model_has_dense_layers():
 
 
 def test_an_unsupported_architecture_is_named_beside_the_supported_ones():
-    with pytest.raises(UnsupportedModelError, match=r"'llama' is not supported.* mixtral, olmoe, qwen2_moe, qwen3_moe"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"'llama' is not supported.* mixtral, olmoe, qwen2_moe, qwen3_5_moe_text, qwen3_moe"
+    ):
         moe_geometry(LlamaConfig(), torch.float32)
 
 

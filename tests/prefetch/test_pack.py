@@ -12,6 +12,7 @@ import time
 import zlib
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from prefetch.geometry import ExpertKey
 from prefetch.pack import pack_experts, pack_format_of
 from prefetch.store import ExpertStore
 from tests.conftest import qwen3_config, save_random
+from tests.prefetch.tiny_families import CHECKPOINTS
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -102,7 +104,9 @@ def fuse_experts(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(params=["qwen3", "fused qwen3", "mixtral in shards", "olmoe", "qwen2_moe", "partly dense qwen3 in shards"])
+@pytest.fixture(
+    params=["qwen3", "fused qwen3", "mixtral in shards", "olmoe", "qwen2_moe", "partly dense qwen3 in shards", *CHECKPOINTS]
+)
 def checkpoint_folder(request, qwen3, tiny_mixtral, tmp_path) -> Path:
     makers = {
         "qwen3": lambda: qwen3,
@@ -112,6 +116,7 @@ def checkpoint_folder(request, qwen3, tiny_mixtral, tmp_path) -> Path:
         "qwen2_moe": lambda: qwen2(tmp_path / "qwen2_moe"),
         "partly dense qwen3 in shards": lambda: partly_dense(tmp_path / "partly_dense"),
     }
+    makers |= {name: partial(make, tmp_path / name) for name, make in CHECKPOINTS.items()}
     return makers[request.param]()
 
 

@@ -1,0 +1,106 @@
+"""One tiny random checkpoint per family, in the layout that its real checkpoints have.
+
+Norms and biases are random too: as initialised (ones or zeros) they would hide a mix-up.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3_5MoeTextConfig,
+)
+
+from tests.conftest import ATTENTION_SIZES, SPECIAL_TOKENS, save_random
+
+SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "initializer_range": 0.2, **ATTENTION_SIZES, **SPECIAL_TOKENS}
+VISION: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+}
+
+
+def qwen3_5_config(**changes: Any) -> Qwen3_5MoeTextConfig:
+    """3 layers of Gated DeltaNet and a last one of gated attention, each with 8 experts, top-2, I = 16."""
+    sizes: dict[str, Any] = {
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+        "num_hidden_layers": 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+        },
+    }
+    return Qwen3_5MoeTextConfig(**{**SIZES, **sizes, **changes})
+
+
+def multimodal_qwen3_5(folder: Path) -> Path:
+    """As on the Hub: a vision tower beside the language model, and fused experts."""
+    config = Qwen3_5MoeConfig(text_config=qwen3_5_config().to_dict(), vision_config=VISION)
+    return fuse(saved(Qwen3_5MoeForConditionalGeneration, config, folder))
+
+
+def saved(model_class: type[PreTrainedModel], config: PretrainedConfig, folder: Path) -> Path:
+    """A random checkpoint whose norms and biases are random too."""
+    save_random(model_class, config, folder)
+    random = torch.Generator().manual_seed(1)
+
+    def shaken(name: str, tensor: Tensor) -> Tensor:
+        small = "norm" in name or "bias" in name
+        return tensor + 0.2 * torch.randn(tensor.shape, generator=random) if small else tensor
+
+    return rewritten(folder, lambda tensors: {name: shaken(name, tensor) for name, tensor in tensors.items()})
+
+
+def fuse(folder: Path) -> Path:
+    """Stack the experts of each layer: gate_up_proj [E, 2I, H] and down_proj [E, H, I]."""
+
+    def fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        kept = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+        for prefix in sorted({name.split(".experts.")[0] for name in tensors.keys() - kept.keys()}):
+            pattern = re.compile(re.escape(prefix) + r"\.experts\.(\d+)\.gate_proj\.weight")
+            n_experts = sum(1 for name in tensors if pattern.fullmatch(name))
+            gate, up, down = (
+                torch.stack([tensors[f"{prefix}.experts.{expert}.{part}_proj.weight"] for expert in range(n_experts)])
+                for part in ("gate", "up", "down")
+            )
+            kept |= {f"{prefix}.experts.gate_up_proj": torch.cat([gate, up], dim=1), f"{prefix}.experts.down_proj": down}
+        return kept
+
+    return rewritten(folder, fused)
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
+    """The checkpoint's one file with its tensors changed."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+    return folder
+
+
+CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
+    "qwen3_5_moe_text": lambda folder: saved(Qwen3_5MoeForCausalLM, qwen3_5_config(), folder),
+    "qwen3_5_moe": multimodal_qwen3_5,
+}
