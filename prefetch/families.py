@@ -18,7 +18,7 @@ from prefetch.quantised_geometry import QuantisedGeometry
 
 @dataclass(frozen=True)
 class Family:
-    """Names of one family. Checkpoint names are templates over `{layer}` (decoder layer) and `{expert}`.
+    """Names of one family. Checkpoint names are templates over `{layer}` (decoder layer) and `{expert}`; those of experts follow "model.".
 
     A checkpoint holds either per-expert tensors (as on the Hub) or, per layer, fused ones (as transformers holds them).
     """
@@ -28,8 +28,8 @@ class Family:
     gate: str  # [I, H]
     up: str  # [I, H]
     down: str  # [H, I]
-    fused_gate_up: str = "model.layers.{layer}.mlp.experts.gate_up_proj"  # [E, 2I, H], gate rows then up rows
-    fused_down: str = "model.layers.{layer}.mlp.experts.down_proj"  # [E, H, I]
+    fused_gate_up: str = "layers.{layer}.mlp.experts.gate_up_proj"  # [E, 2I, H], gate rows then up rows
+    fused_down: str = "layers.{layer}.mlp.experts.down_proj"  # [E, H, I]
     intermediate_size: str = "moe_intermediate_size"  # attribute of the config that holds I
     moe_block: str = "mlp"  # attribute of a decoder layer (transformers 5)
     pre_moe_norm: str = "post_attention_layernorm"  # attribute of a decoder layer
@@ -38,12 +38,13 @@ class Family:
     router: str = "gate"  # attribute of the MoE block; its `weight` is [E, H]
     shared_expert: str = "shared_expert"  # attribute of the MoE block, where a model has one
     shared_expert_gate: str = "shared_expert_gate"  # likewise: its sigmoid, [T, 1], weighs the shared expert
-    draft_head: str = "draft_head"  # attribute of the model, where an adapter gives it one (see predictors/draft_head.py)
+    draft_head: str = "draft_head"  # attribute of the model, None where it has none (see predictors/draft_head.py)
+    mtp: str = "mtp."  # what the names of a multi-token-prediction head begin with, where a checkpoint ships one (prefetch/mtp_head.py)
     pre_gate: str = "model.layers.{layer}.mlp.pre_gate.weight"  # [E, H], where a checkpoint ships pre-gates
 
 
-QWEN_EXPERT = "model.layers.{layer}.mlp.experts.{expert}."
-MIXTRAL_EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}."
+QWEN_EXPERT = "layers.{layer}.mlp.experts.{expert}."
+MIXTRAL_EXPERT = "layers.{layer}.block_sparse_moe.experts.{expert}."
 
 FAMILIES = (
     Family(

@@ -27,6 +27,7 @@ from prefetch.errors import CheckpointError, UnsupportedModelError
 from prefetch.families import Family, family_of, moe_layer_indices
 from prefetch.geometry import MoEGeometry
 from prefetch.layer_server import LayerServer
+from prefetch.mtp_head import read_mtp_head
 from prefetch.pre_gate import PreGates, read_pre_gates
 from prefetch.pre_gated_routing import route_by
 
@@ -40,7 +41,7 @@ def load_offloaded(folder: Path, dtype: torch.dtype, device: torch.device | str 
 
     Raises:
         UnsupportedModelError: no family knows where this architecture keeps its experts, or it is not a SwiGLU MoE.
-        CheckpointError: non-expert weights are missing from the checkpoint, or it ships pre-gates that do not fit it.
+        CheckpointError: non-expert weights are missing from the checkpoint, or it ships pre-gates or a draft head that do not fit it.
     """
     config = read_config(folder)
     family = family_of(config)
@@ -53,7 +54,9 @@ def load_offloaded(folder: Path, dtype: torch.dtype, device: torch.device | str 
     if report["missing_keys"]:
         raise CheckpointError(f"{folder}: the checkpoint lacks {', '.join(sorted(report['missing_keys'])[:5])}")
     model.set_experts_implementation(IMPLEMENTATION)
-    _use_pre_gates(model, folder)
+    checkpoint = Checkpoint(folder)
+    _use_pre_gates(model, checkpoint)
+    setattr(model, family.draft_head, read_mtp_head(checkpoint, family, model.get_decoder(), dtype))
     return model.to(device).eval()
 
 
@@ -73,7 +76,7 @@ def load_whole(
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     if how is not None:
         _round_experts(model, how)
-    _use_pre_gates(model, folder)
+    _use_pre_gates(model, Checkpoint(folder))
     return model.to(device).eval()
 
 
@@ -147,9 +150,9 @@ def _moe_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [layers[i] for i in moe_layer_indices(model.config)]
 
 
-def _use_pre_gates(model: PreTrainedModel, folder: Path) -> None:
+def _use_pre_gates(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Take the checkpoint's pre-gates, None where it ships none, and let them decide where it says so."""
-    model.pre_gates = read_pre_gates(Checkpoint(folder))
+    model.pre_gates = read_pre_gates(checkpoint)
     if model.pre_gates is not None and model.pre_gates.route:
         family = family_of(model.config)
         route_by([getattr(block, family.router) for block in moe_blocks(model, family)], model.pre_gates)

@@ -104,3 +104,18 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "qwen3_5_moe_text": lambda folder: saved(Qwen3_5MoeForCausalLM, qwen3_5_config(), folder),
     "qwen3_5_moe": multimodal_qwen3_5,
 }
+
+
+def with_mtp_head(folder: Path) -> Path:
+    """Add what Qwen3.5's checkpoints ship beside the model: one more layer of attention and experts, with random weights."""
+
+    def extended(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        random = torch.Generator().manual_seed(2)
+        root = "model.language_model." if any("language_model" in name for name in tensors) else "model."
+        last = root + "layers.3."
+        own = {"mtp.layers.0." + name.removeprefix(last): t for name, t in tensors.items() if name.startswith(last)}
+        own |= {f"mtp.{name}.weight": torch.zeros(32) for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+        own |= {"mtp.fc.weight": torch.zeros(32, 64)}
+        return tensors | {name: 0.3 * torch.randn(tensor.shape, generator=random) for name, tensor in own.items()}
+
+    return rewritten(folder, extended)
