@@ -43,6 +43,14 @@ class ModelView:
     draft_head: Callable[[LayerView | AttentionView], Tensor] | None = (
         None  # as `predictors.draft_head`, where the model has one
     )
+    choice_scores: Sequence[Callable[[Tensor], Tensor]] | None = (
+        None  # per layer: router logits -> what its router takes the k highest of, [T, E]; None: the logits
+    )
+
+    def router_scores(self, layer: int, router_input: Tensor) -> Tensor:
+        """What the router of `layer` takes the k highest of, [T, E], when it reads `router_input` [T, H]."""
+        logits = self.router_logits[layer](router_input)
+        return logits if self.choice_scores is None else self.choice_scores[layer](logits)
 
 
 @dataclass(frozen=True)

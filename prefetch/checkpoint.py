@@ -138,11 +138,17 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise CheckpointError(f"{path} is missing; a checkpoint holds config.json and {SINGLE_FILE} or {INDEX_FILE}")
     _read_json(path)
     try:
-        return AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
+        config = AutoConfig.from_pretrained(folder)
     except StrictDataclassError as error:
         raise CheckpointError(f"{path}: {_one_line(error)}") from error
     except (ValueError, OSError) as error:
         raise UnsupportedModelError(f"{path}: {_one_line(error)}") from error
+    if quantisation := getattr(config, "quantization_config", None):
+        raise UnsupportedModelError(
+            f"{path}: its weights are quantised ({quantisation['quant_method']}), and only float weights can be read: convert the "
+            "checkpoint to bfloat16, and quantise experts with model.expert_format"
+        )
+    return config.get_text_config(decoder=True)
 
 
 def _shard_paths(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from prefetch.checkpoint import Checkpoint
 from prefetch.errors import CheckpointError
-from prefetch.families import Family
+from prefetch.families import Family, n_experts
 
 STACK = "model."  # what the names of the decoder layers begin with
 
@@ -23,7 +23,7 @@ def load_expert(
     Raises:
         CheckpointError: a tensor is missing, has the wrong shape, or holds NaN or Inf (also by overflow of the dtype).
     """
-    n_experts, intermediate = checkpoint.config.num_experts, down.shape[1]
+    intermediate = down.shape[1]
     fused = root + family.fused_gate_up.format(layer=layer) in checkpoint
     if fused:
         parts = {family.fused_gate_up: gate_up, family.fused_down: down}
@@ -32,7 +32,7 @@ def load_expert(
     for template, into in parts.items():
         name = root + template.format(layer=layer, expert=expert)
         if fused:
-            source = checkpoint.read(name, (n_experts, *into.shape), index=expert)
+            source = checkpoint.read(name, (n_experts(checkpoint.config), *into.shape), index=expert)
         else:
             source = checkpoint.read(name, tuple(into.shape))
         into.copy_(source)

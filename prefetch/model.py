@@ -21,6 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from kernels.quantised import QuantFormat, dequantise, quantise
+from kernels.routing import choice_scores
 from predictors.base import ModelView, PreGateView
 from prefetch.checkpoint import Checkpoint, read_config
 from prefetch.errors import CheckpointError, UnsupportedModelError
@@ -121,7 +122,16 @@ def model_view(model: PreTrainedModel, family: Family, geometry: MoEGeometry, de
         _shared_experts(blocks, family, device),
         device,
         _draft_head(model, family, device),
+        choice_scores=_choice_scores(model, family, routers),
     )
+
+
+def _choice_scores(model: PreTrainedModel, family: Family, routers: list[Any]) -> list[Callable[[Tensor], Tensor]] | None:
+    if family.routing is None:
+        return None
+    rule = family.routing(model.config)
+    biases = [getattr(router, family.selection_bias, None) for router in routers]
+    return [partial(choice_scores, routing=rule, selection_bias=bias) for bias in biases]
 
 
 def _draft_head(model: PreTrainedModel, family: Family, device: torch.device) -> Any:
@@ -170,15 +180,22 @@ def _shared_experts(blocks: list[nn.Module], family: Family, device: torch.devic
     """What each block adds for every token, None where the architecture has no shared expert."""
     if not all(hasattr(block, family.shared_expert) for block in blocks):
         return None
-    return [
-        partial(
-            _shared_output, *(_on(device, getattr(block, name)) for name in (family.shared_expert, family.shared_expert_gate))
-        )
-        for block in blocks
-    ]
+    return [_shared_expert(block, family, device) for block in blocks]
 
 
-def _shared_output(expert: nn.Module, gate: nn.Module, hidden: Tensor) -> Tensor:
+def _shared_expert(block: nn.Module, family: Family, device: torch.device) -> Callable[[Tensor], Tensor]:
+    expert = _on(device, getattr(block, family.shared_expert))
+    if not hasattr(block, family.shared_expert_gate):
+        return partial(_output, expert)
+    return partial(_gated_output, expert, _on(device, getattr(block, family.shared_expert_gate)))
+
+
+def _output(expert: nn.Module, hidden: Tensor) -> Tensor:
+    output: Tensor = expert(hidden)
+    return output
+
+
+def _gated_output(expert: nn.Module, gate: nn.Module, hidden: Tensor) -> Tensor:
     output: Tensor = torch.sigmoid(gate(hidden)) * expert(hidden)
     return output
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from prefetch.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from prefetch.errors import CheckpointError
-from prefetch.families import family_of, moe_layer_indices
+from prefetch.families import family_of, moe_layer_indices, n_experts
 
 LEVEL, MODE = "pre_gate_level", "pre_gate_mode"  # options of config.json
 HINT, ROUTE = MODES = ("hint", "route")
@@ -67,7 +67,7 @@ def read_pre_gates(checkpoint: Checkpoint) -> PreGates | None:
     stray = [name for name in names[len(names) - level :] if name in checkpoint]
     if stray:
         raise CheckpointError(f"{checkpoint.folder}: {stray[0]} selects for a layer past the last at {LEVEL} {level}")
-    shape = (config.num_experts, config.hidden_size)
+    shape = (n_experts(config), config.hidden_size)
     heads = tuple(checkpoint.read(name, shape) for name in names[: len(names) - level])
     for name, head in zip(names, heads, strict=False):
         if not bool(head.isfinite().all()):

@@ -19,6 +19,7 @@ from transformers import (
 
 from prefetch.errors import UnsupportedModelError
 from prefetch.families import FAMILIES, family_of, moe_geometry, moe_layer_indices
+from tests.prefetch.tiny_families import deepseek_v2_config, deepseek_v3_config
 
 SIZES: dict[str, Any] = {
     "num_hidden_layers": 6,
@@ -33,6 +34,8 @@ CONFIGS = {
     "qwen2_moe": Qwen2MoeConfig(**SIZES, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=3),
     "qwen3_moe": Qwen3MoeConfig(**SIZES, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=1),
     "qwen3_5_moe": Qwen3_5MoeTextConfig(**SIZES, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=3),
+    "deepseek_v2": deepseek_v2_config(),
+    "deepseek_v3": deepseek_v3_config(first_k_dense_replace=2),
     "qwen3_moe, some dense": Qwen3MoeConfig(
         **SIZES, moe_intermediate_size=16, num_experts=4, mlp_only_layers=[3], decoder_sparse_step=2
     ),
@@ -72,11 +75,13 @@ def test_moe_layers_are_those_with_experts(config):
 
 def test_the_mixed_model_has_dense_layers():
     assert moe_layer_indices(CONFIGS["qwen3_moe, some dense"]) == [1, 5]
+    assert moe_layer_indices(CONFIGS["deepseek_v3"]) == [2, 3]
 
 
 def test_an_unsupported_architecture_is_named_beside_the_supported_ones():
     with pytest.raises(
-        UnsupportedModelError, match=r"'llama' is not supported.* mixtral, olmoe, qwen2_moe, qwen3_5_moe_text, qwen3_moe"
+        UnsupportedModelError,
+        match=r"'llama' is not supported.* deepseek_v2, deepseek_v3, mixtral, olmoe, qwen2_moe, qwen3_5_moe_text, qwen3_moe",
     ):
         moe_geometry(LlamaConfig(), torch.float32)
 

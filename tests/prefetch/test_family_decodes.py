@@ -12,8 +12,8 @@ from torch import Tensor
 from predictors.base import LayerView, Prediction
 from predictors.gate_reuse import GateReuse
 from prefetch.accounting import violations
-from prefetch.families import family_of
-from prefetch.model import load_offloaded, moe_blocks
+from prefetch.families import family_of, moe_geometry
+from prefetch.model import load_offloaded, model_view, moe_blocks
 from tests.prefetch.offloaded import Setting, decode, offloaded, plain
 from tests.prefetch.tiny_families import CHECKPOINTS
 
@@ -27,13 +27,13 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 class Witness(GateReuse):
     """Gate reuse that also asks each layer's own norm and router what that layer's router has just said."""
 
-    n_right: list[bool] = field(default_factory=list)
+    right: list[bool] = field(default_factory=list)
 
     def predict(self, seen: LayerView) -> list[Prediction]:
         assert seen.residual is not None
-        own = self.model.router_logits[seen.layer](self.model.pre_moe_norm[seen.layer](seen.residual))
+        own = self.model.router_scores(seen.layer, self.model.pre_moe_norm[seen.layer](seen.residual))
         chosen = own.topk(self.model.top_k).indices.sort().values
-        self.n_right.append(torch.equal(chosen, seen.topk_ids.sort().values))
+        self.right.append(torch.equal(chosen, seen.topk_ids.sort().values))
         return super().predict(seen)
 
 
@@ -49,7 +49,18 @@ def test_tokens_equal_unmodified_transformers(folder: Path, tmp_path: Path) -> N
     torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=1e-4)
     assert violations(record) == []
     assert set(record.forwards["step"]) == set(range(24)), "a hybrid cache knows whether a sequence is new"
-    assert witness.n_right and all(witness.n_right)
+    assert witness.right and all(witness.right)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+def test_groups_and_biases_matter_to_the_choice(name: str, tmp_path: Path) -> None:
+    """Otherwise the test above would not see a gate reuse that goes by logits alone."""
+    model = load_offloaded(CHECKPOINTS[name](tmp_path), torch.float32)
+    view = model_view(model, family_of(model.config), moe_geometry(model.config, torch.float32))
+    x = torch.randn(200, 32, generator=torch.Generator().manual_seed(4))
+    logits, scores = view.router_logits[0](x), view.router_scores(0, x)
+    differ = logits.topk(3).indices.sort().values != scores.topk(3).indices.sort().values
+    assert 0.1 < differ.any(1).float().mean() < 1
 
 
 def test_no_parameter_of_a_routed_expert_is_loaded(folder: Path) -> None:

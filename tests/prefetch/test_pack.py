@@ -32,7 +32,7 @@ from transformers import (
 
 from prefetch.checkpoint import Checkpoint
 from prefetch.errors import CheckpointError, PackError
-from prefetch.families import moe_layer_indices
+from prefetch.families import moe_layer_indices, n_experts
 from prefetch.geometry import ExpertKey
 from prefetch.pack import pack_experts, pack_format_of
 from prefetch.store import ExpertStore
@@ -127,9 +127,9 @@ def test_rows_are_the_experts_transformers_loads(checkpoint_folder, pack, dtype)
     store = ExpertStore(pack, pack_format_of(checkpoint, dtype))
     model = AutoModelForCausalLM.from_pretrained(checkpoint_folder, dtype=torch.float32)
     layers = [model.get_decoder().layers[i] for i in moe_layer_indices(model.config)]
-    assert store.geometry.n_layers == len(layers) and store.geometry.n_experts == model.config.num_experts
+    assert store.geometry.n_layers == len(layers) and store.geometry.n_experts == n_experts(model.config)
     for layer, module in enumerate(layers):
-        for expert in range(model.config.num_experts):
+        for expert in range(n_experts(model.config)):
             gate_up, down = store.read_expert(ExpertKey(layer, expert))
             assert gate_up.dtype == down.dtype == dtype
             assert torch.equal(gate_up, module.mlp.experts.gate_up_proj[expert].to(dtype))

@@ -14,6 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     Qwen3_5MoeConfig,
@@ -55,6 +59,39 @@ def qwen3_5_config(**changes: Any) -> Qwen3_5MoeTextConfig:
         },
     }
     return Qwen3_5MoeTextConfig(**{**SIZES, **sizes, **changes})
+
+
+# One dense layer and three of 8 experts, top-3, in 4 groups of which 2 are kept; latent attention.
+DEEPSEEK: dict[str, Any] = {
+    **SIZES,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}
+
+
+def deepseek_v2_config(**changes: Any) -> DeepseekV2Config:
+    """`DEEPSEEK` with the groups of V2; those of V2-Lite are not limited."""
+    return DeepseekV2Config(**{**DEEPSEEK, "topk_method": "group_limited_greedy", **changes})
+
+
+def deepseek_v3_config(**changes: Any) -> DeepseekV3Config:
+    """`DEEPSEEK` with sigmoid scores and a bias on the choice."""
+    return DeepseekV3Config(**{**DEEPSEEK, **changes})
 
 
 def multimodal_qwen3_5(folder: Path) -> Path:
@@ -103,6 +140,11 @@ def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tens
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "qwen3_5_moe_text": lambda folder: saved(Qwen3_5MoeForCausalLM, qwen3_5_config(), folder),
     "qwen3_5_moe": multimodal_qwen3_5,
+    "deepseek_v2": lambda folder: saved(DeepseekV2ForCausalLM, deepseek_v2_config(), folder),
+    "deepseek_v2_lite": lambda folder: saved(
+        DeepseekV2ForCausalLM, deepseek_v2_config(topk_method="greedy", q_lora_rank=None), folder
+    ),
+    "deepseek_v3": lambda folder: saved(DeepseekV3ForCausalLM, deepseek_v3_config(), folder),
 }
 
 
