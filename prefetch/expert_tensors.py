@@ -32,12 +32,19 @@ def load_expert(
     for template, into in parts.items():
         name = root + template.format(layer=layer, expert=expert)
         if fused:
-            source = checkpoint.read(name, (n_experts(checkpoint.config), *into.shape), index=expert)
+            shape = tuple(into.shape[::-1] if family.transposed else into.shape)
+            source = checkpoint.read(name, (n_experts(checkpoint.config), *shape), index=expert)
+            source = source.T if family.transposed else source
         else:
             source = checkpoint.read(name, tuple(into.shape))
-        into.copy_(source)
+        into.copy_(gate_then_up(source) if fused and family.interleaved and into is gate_up else source)
         if not _is_finite(into):
             raise CheckpointError(f"{checkpoint.folder}: {name} (expert {expert}) {_not_finite(source, into.dtype)}")
+
+
+def gate_then_up(rows: Tensor) -> Tensor:
+    """Rows gate, up, gate, up, ... [2I, ...] sorted: all of the gate, then all of up."""
+    return torch.cat([rows[0::2], rows[1::2]])
 
 
 def _is_finite(weights: Tensor) -> bool:

@@ -1,16 +1,17 @@
 """What differs between MoE model families: the checkpoint's names for routed experts, and the modules around them.
 
-A new family is one `Family` in `FAMILIES`. Its experts must be SwiGLU without biases: down(silu(gate(x)) * up(x)).
+A new family is one `Family` in `FAMILIES`. Its experts must have a gate, `kernels.gated_activation`, and may have biases.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
 
+from kernels.gated_activation import CLAMPED_SWIGLU, SWIGLU, GatedActivation
 from kernels.quantised import QuantFormat
 from kernels.routing import Routing
 from prefetch.errors import UnsupportedModelError
@@ -32,6 +33,9 @@ class Family:
     down: str = "layers.{layer}.mlp.experts.{expert}.down_proj.weight"  # [H, I]
     fused_gate_up: str = "layers.{layer}.mlp.experts.gate_up_proj"  # [E, 2I, H], gate rows then up rows
     fused_down: str = "layers.{layer}.mlp.experts.down_proj"  # [E, H, I]
+    transposed: bool = False  # fused tensors are [E, H, 2I] and [E, I, H] instead
+    interleaved: bool = False  # rows of gate_up, and its bias, alternate instead: gate, up, gate, up, ...
+    activation: Callable[[PretrainedConfig], GatedActivation] = lambda config: SWIGLU
     intermediate_size: str = "moe_intermediate_size"  # attribute of the config that holds I
     n_experts: str = "num_experts"  # attribute of the config that holds E
     routing: Callable[[PretrainedConfig], Routing] | None = (
@@ -42,6 +46,8 @@ class Family:
     pre_moe_norm: str = "post_attention_layernorm"  # attribute of a decoder layer
     pre_attention_norm: str = "input_layernorm"  # attribute of a decoder layer
     experts: str = "experts"  # attribute of the MoE block
+    weights: tuple[str, str] = ("gate_up_proj", "down_proj")  # parameters of the experts, which are offloaded
+    biases: tuple[str, str] = ("gate_up_proj_bias", "down_proj_bias")  # likewise, where a model has them; they stay
     router: str = "gate"  # attribute of the MoE block; its `weight` is [E, H]
     shared_expert: str = "shared_expert"  # attribute of the MoE block, where a model has one
     shared_expert_gate: str = "shared_expert_gate"  # likewise, where it has one: its sigmoid, [T, 1], weighs the shared expert
@@ -76,6 +82,11 @@ def _deepseek_v3_routing(config: PretrainedConfig) -> Routing:
     )
 
 
+def _clamped_swiglu(config: PretrainedConfig) -> GatedActivation:
+    alpha = getattr(config, "swiglu_alpha", CLAMPED_SWIGLU.alpha)  # older transformers have it in the code
+    return replace(CLAMPED_SWIGLU, alpha=alpha, limit=getattr(config, "swiglu_limit", CLAMPED_SWIGLU.limit))
+
+
 FAMILIES = (
     Family("qwen_moe", model_types=("qwen3_moe", "qwen2_moe", "qwen3_5_moe_text")),
     Family("olmoe", model_types=("olmoe",), intermediate_size="intermediate_size"),
@@ -101,6 +112,15 @@ FAMILIES = (
         down=MIXTRAL_EXPERT + "w2.weight",
         intermediate_size="intermediate_size",
         pre_gate="model.layers.{layer}.block_sparse_moe.pre_gate.weight",
+    ),
+    Family(
+        "gpt_oss",
+        model_types=("gpt_oss",),
+        transposed=True,
+        interleaved=True,
+        activation=_clamped_swiglu,
+        intermediate_size="intermediate_size",
+        router="router",
     ),
 )
 

@@ -20,11 +20,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
+from kernels.expert_form import ExpertForm
 from kernels.quantised import QuantFormat, dequantise, quantise
 from kernels.routing import choice_scores
 from predictors.base import ModelView, PreGateView
 from prefetch.checkpoint import Checkpoint, read_config
 from prefetch.errors import CheckpointError, UnsupportedModelError
+from prefetch.expert_tensors import gate_then_up
 from prefetch.families import Family, family_of, moe_layer_indices
 from prefetch.geometry import MoEGeometry
 from prefetch.layer_server import LayerServer
@@ -123,6 +125,7 @@ def model_view(model: PreTrainedModel, family: Family, geometry: MoEGeometry, de
         device,
         _draft_head(model, family, device),
         choice_scores=_choice_scores(model, family, routers),
+        expert_forms=[_expert_form(model, block, family, device) for block in blocks],
     )
 
 
@@ -132,6 +135,15 @@ def _choice_scores(model: PreTrainedModel, family: Family, routers: list[Any]) -
     rule = family.routing(model.config)
     biases = [getattr(router, family.selection_bias, None) for router in routers]
     return [partial(choice_scores, routing=rule, selection_bias=bias) for bias in biases]
+
+
+def _expert_form(model: PreTrainedModel, block: nn.Module, family: Family, device: torch.device) -> ExpertForm:
+    activation, experts = family.activation(model.config), getattr(block, family.experts)
+    gate_up, down = (getattr(experts, name, None) for name in family.biases)
+    if gate_up is None or down is None:
+        return ExpertForm(activation)
+    gate_up = gate_then_up(gate_up.detach().T).T.contiguous() if family.interleaved else gate_up.detach()
+    return ExpertForm(activation, gate_up, down.detach()).to(device)
 
 
 def _draft_head(model: PreTrainedModel, family: Family, device: torch.device) -> Any:
@@ -172,8 +184,10 @@ def _use_pre_gates(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 def _round_experts(model: PreTrainedModel, how: QuantFormat) -> None:
     family = family_of(model.config)
     for block in moe_blocks(model, family):
-        for weight in getattr(block, family.experts).parameters(recurse=False):  # gate_up [E, 2I, H], down [E, H, I]
-            weight.copy_(dequantise(quantise(weight.flatten(0, 1), how), how).view_as(weight))
+        for name in family.weights:
+            stored = getattr(getattr(block, family.experts), name)
+            weight = stored.transpose(1, 2) if family.transposed else stored  # gate_up [E, 2I, H], down [E, H, I]
+            weight.copy_(dequantise(quantise(weight.flatten(0, 1), how), how).view(weight.shape))
 
 
 def _shared_experts(blocks: list[nn.Module], family: Family, device: torch.device) -> list[Callable[[Tensor], Tensor]] | None:
@@ -236,7 +250,7 @@ def _without_experts(config_class: type, family: Family) -> type[PreTrainedModel
         base.__init__(self, config, *args, **kwargs)
         for block in moe_blocks(self, family):
             experts = getattr(block, family.experts)
-            for name, _ in list(experts.named_parameters(recurse=False)):
+            for name in family.weights:
                 experts.register_parameter(name, None)
             experts._is_hf_initialized = True  # nothing is left for transformers to initialise
 

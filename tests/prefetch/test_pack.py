@@ -120,6 +120,14 @@ def checkpoint_folder(request, qwen3, tiny_mixtral, tmp_path) -> Path:
     return makers[request.param]()
 
 
+def as_packed(experts: Any, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """gate_up [2I, H], gate rows first, and down [H, I], going by what transformers says of its own layout."""
+    gate_up, down = experts.gate_up_proj[expert], experts.down_proj[expert]
+    if experts.is_transposed:
+        gate_up, down = gate_up.T, down.T
+    return gate_up if experts.is_concatenated else torch.cat([gate_up[0::2], gate_up[1::2]]), down
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rows_are_the_experts_transformers_loads(checkpoint_folder, pack, dtype):
     checkpoint = Checkpoint(checkpoint_folder)
@@ -132,8 +140,9 @@ def test_rows_are_the_experts_transformers_loads(checkpoint_folder, pack, dtype)
         for expert in range(n_experts(model.config)):
             gate_up, down = store.read_expert(ExpertKey(layer, expert))
             assert gate_up.dtype == down.dtype == dtype
-            assert torch.equal(gate_up, module.mlp.experts.gate_up_proj[expert].to(dtype))
-            assert torch.equal(down, module.mlp.experts.down_proj[expert].to(dtype))
+            expected_gate_up, expected_down = as_packed(module.mlp.experts, expert)
+            assert torch.equal(gate_up, expected_gate_up.to(dtype))
+            assert torch.equal(down, expected_down.to(dtype))
 
 
 def test_the_pack_is_a_safetensors_file_with_rows_on_pages(tiny_qwen3, pack):

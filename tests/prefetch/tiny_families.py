@@ -18,6 +18,8 @@ from transformers import (
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     Qwen3_5MoeConfig,
@@ -94,6 +96,19 @@ def deepseek_v3_config(**changes: Any) -> DeepseekV3Config:
     return DeepseekV3Config(**{**DEEPSEEK, **changes})
 
 
+def gpt_oss_config(**changes: Any) -> GptOssConfig:
+    """A layer with a sliding window and one without, each with 8 experts, top-2, I = 64; the clamp is low enough to act."""
+    sizes: dict[str, Any] = {
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "swiglu_limit": 1.5,
+    }
+    return GptOssConfig(**{**SIZES, **sizes, **changes})
+
+
 def multimodal_qwen3_5(folder: Path) -> Path:
     """As on the Hub: a vision tower beside the language model, and fused experts."""
     config = Qwen3_5MoeConfig(text_config=qwen3_5_config().to_dict(), vision_config=VISION)
@@ -144,6 +159,7 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "deepseek_v2_lite": lambda folder: saved(
         DeepseekV2ForCausalLM, deepseek_v2_config(topk_method="greedy", q_lora_rank=None), folder
     ),
+    "gpt_oss": lambda folder: saved(GptOssForCausalLM, gpt_oss_config(), folder),
     "deepseek_v3": lambda folder: saved(DeepseekV3ForCausalLM, deepseek_v3_config(), folder),
 }
 
