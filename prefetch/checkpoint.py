@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +24,10 @@ from prefetch.errors import CheckpointError, UnsupportedModelError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BYTES = {"U8": torch.uint8}
+DTYPES = FLOATS | BYTES
+READABLE_QUANTISATION = "mxfp4"  # of the experts alone, as gpt-oss ships (prefetch/expert_tensors.py)
 LANGUAGE_PART = "model.language_model."  # how multimodal checkpoints begin the names of what is else in "model."
 SAMPLE_BYTES = 4096
 N_SAMPLES = 64  # per shard, for the fingerprint
@@ -77,18 +80,21 @@ class Checkpoint:
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
-    def read(self, name: str, shape: tuple[int, ...], index: int | None = None) -> Tensor:
+    def read(
+        self, name: str, shape: tuple[int, ...], index: int | None = None, *, dtypes: Mapping[str, torch.dtype] = FLOATS
+    ) -> Tensor:
         """A tensor of the checkpoint, in its stored dtype.
 
         Args:
             name: as in the checkpoint.
             shape: what the tensor's shape must be.
             index: read only this entry of the first dimension; the result then has shape `shape[1:]`.
+            dtypes: what it may be stored as, `FLOATS` or `BYTES`.
 
         Raises:
-            CheckpointError: the tensor is absent, has another shape or no plain float dtype, or cannot be read.
+            CheckpointError: the tensor is absent, has another shape or dtype, or cannot be read.
         """
-        entry = self._entry(name, shape)
+        entry = self._entry(name, shape, dtypes)
         if index is None:
             return _read_tensor(entry, entry.start, shape)
         stride = entry.n_bytes // shape[0]
@@ -115,15 +121,15 @@ class Checkpoint:
         with _reading(self.folder):
             return max(shard.path.stat().st_mtime_ns for shard in self._shards)
 
-    def _entry(self, name: str, shape: tuple[int, ...]) -> _Entry:
+    def _entry(self, name: str, shape: tuple[int, ...], dtypes: Mapping[str, torch.dtype]) -> _Entry:
         entry = self._entries.get(name)
         if entry is None:
             raise CheckpointError(f"{self.folder}: no shard holds the tensor {name}")
         if entry.shape != shape:
             shapes = f"has shape {list(entry.shape)}; config.json asks for {list(shape)}"
             raise CheckpointError(f"{entry.shard}: {name} {shapes}")
-        if entry.dtype not in DTYPES:
-            raise CheckpointError(f"{entry.shard}: {name} has dtype {entry.dtype}, not one of {', '.join(DTYPES)}")
+        if entry.dtype not in dtypes:
+            raise CheckpointError(f"{entry.shard}: {name} has dtype {entry.dtype}, not one of {', '.join(dtypes)}")
         return entry
 
 
@@ -144,10 +150,13 @@ def read_config(folder: Path) -> PretrainedConfig:
     except (ValueError, OSError) as error:
         raise UnsupportedModelError(f"{path}: {_one_line(error)}") from error
     if quantisation := getattr(config, "quantization_config", None):
-        raise UnsupportedModelError(
-            f"{path}: its weights are quantised ({quantisation['quant_method']}), and only float weights can be read: convert the "
-            "checkpoint to bfloat16, and quantise experts with model.expert_format"
-        )
+        if quantisation["quant_method"] != READABLE_QUANTISATION:
+            raise UnsupportedModelError(
+                f"{path}: its weights are quantised ({quantisation['quant_method']}), and only float weights and experts in "
+                f"{READABLE_QUANTISATION} can be read: convert the checkpoint to bfloat16, and quantise experts with "
+                "model.expert_format"
+            )
+        del config.quantization_config  # transformers shall load the rest as the plain weights that they are
     return config.get_text_config(decoder=True)
 
 

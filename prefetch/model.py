@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
@@ -76,7 +76,7 @@ def load_whole(
         KernelInputError: `how` does not fit the experts' sizes or weights.
     """
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **_dequantised(folder))
     if how is not None:
         _round_experts(model, how)
     _use_pre_gates(model, Checkpoint(folder))
@@ -170,6 +170,12 @@ def pre_moe_norms(model: PreTrainedModel, family: Family) -> list[nn.Module]:
 def _moe_layers(model: PreTrainedModel) -> list[nn.Module]:
     layers = model.get_decoder().layers
     return [layers[i] for i in moe_layer_indices(model.config)]
+
+
+def _dequantised(folder: Path) -> dict[str, Any]:
+    """How to load quantised experts as the float weights that a pack holds, whatever kernels for them transformers finds."""
+    quantised = hasattr(AutoConfig.from_pretrained(folder), "quantization_config")
+    return {"quantization_config": Mxfp4Config(dequantize=True)} if quantised else {}
 
 
 def _use_pre_gates(model: PreTrainedModel, checkpoint: Checkpoint) -> None:

@@ -5,6 +5,7 @@ Norms and biases are random too: as initialised (ones or zeros) they would hide 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,29 @@ def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tens
     return folder
 
 
+def mxfp4_gpt_oss(folder: Path) -> Path:
+    """As on the Hub: experts in mxfp4, of random codes and scales, the rest in bfloat16."""
+    saved(GptOssForCausalLM, gpt_oss_config(), folder)
+
+    def quantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        random = torch.Generator().manual_seed(5)
+        found = {}
+        for name, tensor in tensors.items():
+            if not name.endswith(("gate_up_proj", "down_proj")):
+                found[name] = tensor.bfloat16()
+                continue
+            n, columns, rows = tensor.shape
+            found[name + "_blocks"] = torch.randint(256, (n, rows, columns // 32, 16), generator=random).byte()
+            found[name + "_scales"] = torch.randint(121, 126, (n, rows, columns // 32), generator=random).byte()
+        return found
+
+    config = json.loads((folder / "config.json").read_text())
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    (folder / "config.json").write_text(json.dumps(config))
+    return rewritten(folder, quantised)
+
+
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "qwen3_5_moe_text": lambda folder: saved(Qwen3_5MoeForCausalLM, qwen3_5_config(), folder),
     "qwen3_5_moe": multimodal_qwen3_5,
@@ -160,6 +184,7 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
         DeepseekV2ForCausalLM, deepseek_v2_config(topk_method="greedy", q_lora_rank=None), folder
     ),
     "gpt_oss": lambda folder: saved(GptOssForCausalLM, gpt_oss_config(), folder),
+    "gpt_oss_mxfp4": mxfp4_gpt_oss,
     "deepseek_v3": lambda folder: saved(DeepseekV3ForCausalLM, deepseek_v3_config(), folder),
 }
 
