@@ -88,7 +88,7 @@ def _clamped_swiglu(config: PretrainedConfig) -> GatedActivation:
 
 
 FAMILIES = (
-    Family("qwen_moe", model_types=("qwen3_moe", "qwen2_moe", "qwen3_5_moe_text")),
+    Family("qwen_moe", model_types=("qwen3_moe", "qwen2_moe", "qwen3_next", "qwen3_5_moe_text")),
     Family("olmoe", model_types=("olmoe",), intermediate_size="intermediate_size"),
     Family(
         "deepseek_v2",

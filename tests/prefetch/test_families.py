@@ -19,7 +19,7 @@ from transformers import (
 
 from prefetch.errors import UnsupportedModelError
 from prefetch.families import FAMILIES, family_of, moe_geometry, moe_layer_indices
-from tests.prefetch.tiny_families import deepseek_v2_config, deepseek_v3_config, gpt_oss_config
+from tests.prefetch.tiny_families import deepseek_v2_config, deepseek_v3_config, gpt_oss_config, qwen3_next_config
 
 SIZES: dict[str, Any] = {
     "num_hidden_layers": 6,
@@ -37,6 +37,7 @@ CONFIGS = {
     "deepseek_v2": deepseek_v2_config(),
     "deepseek_v3": deepseek_v3_config(first_k_dense_replace=2),
     "gpt_oss": gpt_oss_config(),
+    "qwen3_next": qwen3_next_config(),
     "qwen3_moe, some dense": Qwen3MoeConfig(
         **SIZES, moe_intermediate_size=16, num_experts=4, mlp_only_layers=[3], decoder_sparse_step=2
     ),
@@ -86,7 +87,7 @@ def test_the_mixed_model_has_dense_layers():
 def test_an_unsupported_architecture_is_named_beside_the_supported_ones():
     with pytest.raises(
         UnsupportedModelError,
-        match=r"'llama' is not supported.* deepseek_v2, deepseek_v3, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_5_moe_text, qwen3_moe",
+        match=r"'llama' is not supported.* deepseek_v2, deepseek_v3, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_5_moe_text, qwen3_moe, qwen3_next",
     ):
         moe_geometry(LlamaConfig(), torch.float32)
 

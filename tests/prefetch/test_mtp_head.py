@@ -23,9 +23,9 @@ from tests.prefetch.tiny_families import CHECKPOINTS, rewritten, with_mtp_head
 N_LAYERS, N_EXPERTS, HIDDEN, HEADS, HEAD_SIZE = 4, 8, 32, 2, 16
 
 
-@pytest.fixture(scope="module", params=["qwen3_5_moe", "qwen3_5_moe_text"])
+@pytest.fixture(scope="module", params=["qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fused experts in a multimodal checkpoint, and one expert at a time in a text model's."""
+    """Fused experts in a multimodal checkpoint, and one expert at a time in text models."""
     return with_mtp_head(CHECKPOINTS[request.param](tmp_path_factory.mktemp(request.param)))
 
 

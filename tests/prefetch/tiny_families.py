@@ -27,6 +27,8 @@ from transformers import (
     Qwen3_5MoeForCausalLM,
     Qwen3_5MoeForConditionalGeneration,
     Qwen3_5MoeTextConfig,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from tests.conftest import ATTENTION_SIZES, SPECIAL_TOKENS, save_random
@@ -42,26 +44,28 @@ VISION: dict[str, Any] = {
 }
 
 
+HYBRID: dict[str, Any] = {
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+
+
+def qwen3_next_config(**changes: Any) -> Qwen3NextConfig:
+    """As `qwen3_5_config`."""
+    return Qwen3NextConfig(**{**SIZES, **HYBRID, **changes})
+
+
 def qwen3_5_config(**changes: Any) -> Qwen3_5MoeTextConfig:
     """3 layers of Gated DeltaNet and a last one of gated attention, each with 8 experts, top-2, I = 16."""
-    sizes: dict[str, Any] = {
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 24,
-        "num_hidden_layers": 4,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e4,
-            "partial_rotary_factor": 0.5,
-            "mrope_section": [2, 1, 1],
-        },
-    }
-    return Qwen3_5MoeTextConfig(**{**SIZES, **sizes, **changes})
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+    return Qwen3_5MoeTextConfig(**{**SIZES, **HYBRID, "rope_parameters": rope, **changes})
 
 
 # One dense layer and three of 8 experts, top-3, in 4 groups of which 2 are kept; latent attention.
@@ -179,6 +183,7 @@ def mxfp4_gpt_oss(folder: Path) -> Path:
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "qwen3_5_moe_text": lambda folder: saved(Qwen3_5MoeForCausalLM, qwen3_5_config(), folder),
     "qwen3_5_moe": multimodal_qwen3_5,
+    "qwen3_next": lambda folder: saved(Qwen3NextForCausalLM, qwen3_next_config(), folder),
     "deepseek_v2": lambda folder: saved(DeepseekV2ForCausalLM, deepseek_v2_config(), folder),
     "deepseek_v2_lite": lambda folder: saved(
         DeepseekV2ForCausalLM, deepseek_v2_config(topk_method="greedy", q_lora_rank=None), folder
