@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kernels.expert_form import PLAIN, ExpertForm
 from prefetch.dispatch import Dispatch
 from prefetch.geometry import ExpertKey
 
@@ -43,8 +44,11 @@ class ExpertCompute(ABC):
     device: torch.device
 
     @abstractmethod
-    def begin(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, work: Dispatch) -> LayerCompute:
-        """A layer call begins. `hidden` [T, H], `topk_ids` and `topk_weights` [T, k] on `device`; `work` is the same on the host."""
+    def begin(
+        self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, work: Dispatch, form: ExpertForm = PLAIN
+    ) -> LayerCompute:
+        """A layer call begins. `hidden` [T, H], `topk_ids` and `topk_weights` [T, k] on `device`, as `form` is; `work` is the same on
+        the host."""
 
     def enter(self, name: str) -> None:
         """A named span of the timeline begins, for profilers."""

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kernels.expert_mlp import expert_mlp, weighted_sum
+from kernels.expert_form import PLAIN, ExpertForm
+from kernels.expert_mlp import weighted_sum
 from kernels.moe_call import MoECall
 from kernels.moe_parts import MoEParts
 from kernels.quantised_experts import expert_table
@@ -21,10 +22,19 @@ from prefetch.slots import SlotPool
 class KernelLayer(LayerCompute):
     """One layer call. Everything is enqueued on the current stream; nothing waits for the device."""
 
-    def __init__(self, experts: KernelExperts, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, work: Dispatch):
-        self.experts, self.layer, self.work = experts, layer, work
+    def __init__(
+        self,
+        experts: KernelExperts,
+        layer: int,
+        hidden: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        work: Dispatch,
+        form: ExpertForm,
+    ):
+        self.experts, self.layer, self.work, self.form = experts, layer, work, form
         self.hidden, self.weights = hidden.contiguous(), weights
-        call = MoECall(self.hidden, ids, weights, experts.table, layer)
+        call = MoECall(self.hidden, ids, weights, experts.table, layer, *form.parts)
         self.parts = MoEParts(call, experts.missed)
         self.rows_of_cpu: dict[int, Tensor] = {}  # expert -> [n, H] on the host
         self.inputs_of_cpu: dict[int, Tensor] | None = None
@@ -39,7 +49,7 @@ class KernelLayer(LayerCompute):
             return
         if self.inputs_of_cpu is None:
             self.inputs_of_cpu = self.work.inputs(self.hidden.cpu())
-        self.rows_of_cpu[key.expert] = expert_mlp(self.inputs_of_cpu[key.expert], *read())
+        self.rows_of_cpu[key.expert] = self.form.mlp(key.expert, self.inputs_of_cpu[key.expert], *read())
         self.parts.leave_out(self._pairs_of([key]))
 
     def finish(self) -> Tensor:
@@ -82,8 +92,10 @@ class KernelExperts(ExpertCompute):
         self.table = expert_table(geometry.expert, (pool.rows,), entries)
         self.missed = torch.zeros(1, dtype=torch.int32, device=self.device)
 
-    def begin(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, work: Dispatch) -> LayerCompute:
-        return KernelLayer(self, layer, hidden, topk_ids, topk_weights, work)
+    def begin(
+        self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, work: Dispatch, form: ExpertForm = PLAIN
+    ) -> LayerCompute:
+        return KernelLayer(self, layer, hidden, topk_ids, topk_weights, work, form)
 
     def check(self) -> None:
         """Waits for the device.

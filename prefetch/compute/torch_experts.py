@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kernels.expert_mlp import expert_mlp, expert_mlps
+from kernels.expert_form import PLAIN, ExpertForm
 from prefetch.compute.base import ExpertCompute, LayerCompute
 from prefetch.dispatch import Dispatch
 from prefetch.geometry import ExpertKey
@@ -17,19 +17,20 @@ from prefetch.slots import SlotPool
 class TorchLayer(LayerCompute):
     """One layer call."""
 
-    def __init__(self, pool: SlotPool, hidden: Tensor, topk_weights: Tensor, work: Dispatch):
-        self.pool, self.work = pool, work
+    def __init__(self, pool: SlotPool, hidden: Tensor, topk_weights: Tensor, work: Dispatch, form: ExpertForm):
+        self.pool, self.work, self.form = pool, work, form
         self.weights = topk_weights.to(hidden.dtype)
         self.inputs = work.inputs(hidden)
         self.rows: dict[int, Tensor] = {}  # expert -> [n, H], one row for each of its (token, rank) pairs
 
     def from_slots(self, keys: Sequence[ExpertKey], slots: Sequence[int]) -> None:
         weights = [self.pool.expert(slot) for slot in slots]
-        found = expert_mlps([self.inputs[key.expert] for key in keys], weights)
-        self.rows.update((key.expert, outputs) for key, outputs in zip(keys, found, strict=True))
+        experts = [key.expert for key in keys]
+        found = self.form.mlps(experts, [self.inputs[expert] for expert in experts], weights)
+        self.rows.update(zip(experts, found, strict=True))
 
     def in_place(self, key: ExpertKey, read: Callable[[], tuple[Tensor, Tensor]]) -> None:
-        self.rows[key.expert] = expert_mlp(self.inputs[key.expert], *read())
+        self.rows[key.expert] = self.form.mlp(key.expert, self.inputs[key.expert], *read())
 
     def finish(self) -> Tensor:
         return self.work.combine(self.rows, self.weights)
@@ -41,5 +42,7 @@ class TorchExperts(ExpertCompute):
     def __init__(self, pool: SlotPool):
         self.pool, self.device = pool, torch.device("cpu")
 
-    def begin(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, work: Dispatch) -> LayerCompute:
-        return TorchLayer(self.pool, hidden, topk_weights, work)
+    def begin(
+        self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, work: Dispatch, form: ExpertForm = PLAIN
+    ) -> LayerCompute:
+        return TorchLayer(self.pool, hidden, topk_weights, work, form)
