@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.expert_mlp import expert_mlp, expert_mlps
+from kernels.expert_mlp import Operands, expert_mlp, expert_mlps
 from kernels.gated_activation import SWIGLU, GatedActivation, gated_activation_reference
 
 
@@ -53,11 +53,21 @@ class ExpertForm:
         gated = gated_activation_reference(gate, up, self.activation)
         return F.linear(gated, down, self._bias(self.down_bias, expert, x))
 
-    def mlps(self, experts: Sequence[int], xs: Sequence[Tensor], weights: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Several experts, each on its own tokens, with the same bits as one at a time; arguments and results as for `mlp`."""
+    def mlps(self, experts: Sequence[int], xs: Sequence[Tensor], operands: Sequence[Operands]) -> list[Tensor]:
+        """Several experts, each on its own tokens, with the same bits as one at a time.
+
+        Args:
+            experts: which of the layer's.
+            xs: for each its inputs, [n, H]; operands: for each gate_up.t() [H, 2I] and down.t() [I, H].
+
+        Returns:
+            For each [n, H], not yet weighted.
+        """
         if self.is_plain:
-            return expert_mlps(xs, weights)
-        return [self.mlp(expert, x, *weight) for expert, x, weight in zip(experts, xs, weights, strict=True)]
+            return expert_mlps(xs, operands)
+        return [
+            self.mlp(expert, x, gate_up.t(), down.t()) for expert, x, (gate_up, down) in zip(experts, xs, operands, strict=True)
+        ]
 
     @property
     def parts(self) -> tuple[GatedActivation, Tensor | None, Tensor | None]:

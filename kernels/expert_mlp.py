@@ -10,7 +10,7 @@ sum runs over j in routing order: the result has the same bits in whatever order
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -23,7 +23,7 @@ STACKED_AT_ONCE = 16  # experts in one batch: their copies stay in a core's cach
 UNCUT_ELEMENTS = 32768  # at::internal::GRAIN_SIZE
 ALIGNMENT_BYTES = 64  # of PyTorch's own allocations: a GEMM may sum in another order where its operand starts elsewhere
 
-Weights = tuple[Tensor, Tensor]  # gate_up [2I, H], gate rows then up rows, and down [H, I]
+Operands = tuple[Tensor, Tensor]  # gate_up.t() [H, 2I] and down.t() [I, H]: what inputs are multiplied by
 
 
 def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -37,10 +37,10 @@ def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     Returns:
         [n, H], not yet weighted.
     """
-    return expert_mlps([x], [(gate_up, down)])[0]
+    return expert_mlps([x], [(gate_up.t(), down.t())])[0]
 
 
-def expert_mlps(xs: Sequence[Tensor], weights: Sequence[Weights]) -> list[Tensor]:
+def expert_mlps(xs: Sequence[Tensor], operands: Sequence[Operands]) -> list[Tensor]:
     """Several experts of one layer, each on its own tokens: the same bits as one at a time.
 
     Each is multiplied where it lies, and all share one activation. But a 16-bit GEMM of oneDNN takes 12 to 30 us to set up, more than a
@@ -49,16 +49,16 @@ def expert_mlps(xs: Sequence[Tensor], weights: Sequence[Weights]) -> list[Tensor
 
     Args:
         xs: for each expert its inputs, [n, H].
-        weights: for each expert gate_up [2I, H] and down [H, I]; all of one shape and dtype.
+        operands: for each expert its weights; all of one shape and dtype.
 
     Returns:
         For each expert its outputs, [n, H].
     """
     if not xs:
         return []
-    gate_ups, downs = [gate_up for gate_up, _ in weights], [down for _, down in weights]
-    if downs[0].shape[1] * downs[0].itemsize % ALIGNMENT_BYTES and len(xs) > 1:
-        return [expert_mlp(x, *weight) for x, weight in zip(xs, weights, strict=True)]
+    gate_ups, downs = [gate_up for gate_up, _ in operands], [down for _, down in operands]
+    if downs[0].shape[0] * downs[0].itemsize % ALIGNMENT_BYTES and len(xs) > 1:
+        return [rows for x, operand in zip(xs, operands, strict=True) for rows in expert_mlps([x], [operand])]
     if gate_ups[0].numel() >= SMALL_ELEMENTS or not _sets_up_slowly(xs[0].dtype):
         return _one_by_one(xs, gate_ups, downs)
     alike = defaultdict(list)  # rows as computed, 0 for widened ones -> experts
@@ -79,16 +79,24 @@ def _sets_up_slowly(dtype: torch.dtype) -> bool:
     return dtype == torch.float16 and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
-def _one_by_one(xs: Sequence[Tensor], gate_ups: Iterable[Tensor], downs: Iterable[Tensor]) -> list[Tensor]:
-    inner = torch.cat([F.linear(x, gate_up) for x, gate_up in zip(xs, gate_ups, strict=True)])
-    gated = _activated(inner).split([len(x) for x in xs])
-    return [F.linear(part, down) for part, down in zip(gated, downs, strict=True)]
+def _one_by_one(xs: Sequence[Tensor], gate_ups: list[Tensor], downs: list[Tensor]) -> list[Tensor]:
+    n_rows = [len(x) for x in xs]
+    gated = _activated(_products(xs, gate_ups, n_rows)).split(n_rows)
+    return list(_products(gated, downs, n_rows).split(n_rows))
 
 
 def _widened(xs: list[Tensor], gate_ups: list[Tensor], downs: list[Tensor]) -> list[Tensor]:
-    """Each weight is widened just before its use, into memory that the one before has left in the cache."""
-    rows = _one_by_one([x.float() for x in xs], map(Tensor.float, gate_ups), map(Tensor.float, downs))
-    return [part.to(x.dtype) for part, x in zip(rows, xs, strict=True)]
+    return [rows.to(x.dtype) for rows, x in zip(_one_by_one([x.float() for x in xs], gate_ups, downs), xs, strict=True)]
+
+
+def _products(xs: Sequence[Tensor], operands: list[Tensor], n_rows: list[int]) -> Tensor:
+    """[rows of all, columns]: each of `xs` times its operand. One that is not in fp32 as `xs` are is widened just before its use,
+    into memory that the one before has left in the cache."""
+    products = xs[0].new_empty(sum(n_rows), operands[0].shape[1])
+    widens = operands[0].dtype != products.dtype
+    for x, operand, rows in zip(xs, operands, products.split(n_rows), strict=True):
+        torch.mm(x, operand.float() if widens else operand, out=rows)
+    return products
 
 
 def _padded(n_rows: int) -> int:
@@ -109,9 +117,14 @@ def _batch(n_rows: int, xs: list[Tensor], gate_ups: list[Tensor], downs: list[Te
     padded = xs[0].new_zeros(len(xs), n_rows, xs[0].shape[1])
     for x, rows in zip(xs, padded, strict=True):
         rows[: len(x)] = x
-    inner = torch.bmm(padded, torch.stack(gate_ups).transpose(1, 2))
+    inner = torch.bmm(padded, _stacked(gate_ups))
     gated = _activated(inner.flatten(0, 1)).view(len(xs), n_rows, -1)
-    return torch.bmm(gated, torch.stack(downs).transpose(1, 2))
+    return torch.bmm(gated, _stacked(downs))
+
+
+def _stacked(operands: list[Tensor]) -> Tensor:
+    """[experts, columns, rows] of [columns, rows] operands, copied as they lie in memory."""
+    return torch.stack([operand.t() for operand in operands]).transpose(1, 2)
 
 
 def _activated(inner: Tensor) -> Tensor:

@@ -24,9 +24,9 @@ class TorchLayer(LayerCompute):
         self.rows: dict[int, Tensor] = {}  # expert -> [n, H], one row for each of its (token, rank) pairs
 
     def from_slots(self, keys: Sequence[ExpertKey], slots: Sequence[int]) -> None:
-        weights = [self.pool.expert(slot) for slot in slots]
+        operands = [self.pool.operands(slot) for slot in slots]
         experts = [key.expert for key in keys]
-        found = self.form.mlps(experts, [self.inputs[expert] for expert in experts], weights)
+        found = self.form.mlps(experts, [self.inputs[expert] for expert in experts], operands)
         self.rows.update(zip(experts, found, strict=True))
 
     def in_place(self, key: ExpertKey, read: Callable[[], tuple[Tensor, Tensor]]) -> None:

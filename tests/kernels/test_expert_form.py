@@ -39,7 +39,8 @@ def test_several_experts_have_the_bits_of_each_alone() -> None:
     form = ExpertForm(CLAMPED_SWIGLU, *biases)
     xs = [torch.randn(n, 16, generator=random) for n in (1, 4, 2)]
     weights = [(torch.randn(24, 16, generator=random), torch.randn(16, 12, generator=random)) for _ in xs]
-    for expert, x, weight, rows in zip([4, 0, 2], xs, weights, form.mlps([4, 0, 2], xs, weights), strict=True):
+    operands = [(gate_up.t(), down.t()) for gate_up, down in weights]
+    for expert, x, weight, rows in zip([4, 0, 2], xs, weights, form.mlps([4, 0, 2], xs, operands), strict=True):
         assert torch.equal(rows, form.mlp(expert, x, *weight))
 
 

@@ -144,7 +144,7 @@ def check_same_bits(xs: Sequence[torch.Tensor], weights: list[tuple[torch.Tensor
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     try:
-        together = expert_mlps(xs, weights)
+        together = expert_mlps(xs, [(gate_up.t(), down.t()) for gate_up, down in weights])
         assert len(together) == len(xs)
         assert all(torch.equal(rows, expert_mlp(x, *weight)) for rows, x, weight in zip(together, xs, weights, strict=True))
     finally:
