@@ -59,7 +59,7 @@ def measure(cfg: DictConfig, folder: Path) -> None:
     views = recording.rows(documents, cfg.max_rows)
     store = open_store(cfg.model)
     with progress_bar("measuring experts", geometry.n_total) as advance:
-        vectors = default_vectors(views, model.n_experts, store.read_expert, advance)
+        vectors = default_vectors(views, model.n_experts, store.read_expert, advance, model.expert_forms)
     measured = {
         "command": "python -m experiments.default_vectors",
         "split": cfg.split,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kernels.decode_mlp import decode_launches
 from kernels.decode_quantised import quantised_launches
+from kernels.expert_form import PLAIN, ExpertForm
 from kernels.grouped_mlp import combine_launch, empty_rows, rows_launches
 from kernels.launch import ALIGNMENT_BYTES, RepeatedLaunch, check_launchable
 from kernels.moe_call import MoECall
@@ -60,19 +61,19 @@ class PartKernels:
         self.table, self.missed = table, missed
         self._decoding: dict[tuple, DecodeKernels] = {}
 
-    def begin(self, x: Tensor, ids: Tensor, weights: Tensor) -> MoEParts:
-        """A call begins; arguments are `MoECall`'s.
+    def begin(self, x: Tensor, ids: Tensor, weights: Tensor, form: ExpertForm = PLAIN) -> MoEParts:
+        """A call begins; arguments are `MoECall`'s, and the form of its layer's experts.
 
         Raises:
             KernelInputError: they do not fit.
         """
-        kind = x.shape, x.dtype, x.device, ids.shape, ids.dtype, weights.dtype
+        kind = x.shape, x.dtype, x.device, ids.shape, ids.dtype, weights.dtype, id(form)
         known = self._decoding.get(kind)
         if known is None or not (_can_be_read(x) and ids.is_contiguous() and weights.is_contiguous()):
-            call = MoECall(x, ids, weights, self.table, layer=0)
+            call = MoECall(x, ids, weights, self.table, 0, *form.parts)
             if choose_path(call.n_tokens, self.table.n_experts, call.top_k) == "grouped":
                 return GroupedParts(call, self.missed)
-            known = self._decoding[kind] = DecodeKernels(call, self.missed)
+            known = self._decoding[kind] = DecodeKernels(call, form, self.missed)
         return DecodedParts(known, x, ids, weights)
 
 
@@ -118,19 +119,19 @@ class GroupedParts(MoEParts):
 
 
 class DecodeKernels:
-    """The launches of calls with the same few tokens, checked.
+    """The launches of calls with the same few tokens and one layer's form of experts, checked.
 
     Args:
         call: one of them.
         missed: as for `PartKernels`.
     """
 
-    def __init__(self, call: MoECall, missed: Tensor):
-        self.table, self.missed = call.table, missed
+    def __init__(self, call: MoECall, form: ExpertForm, missed: Tensor):
+        self.table, self.form, self.missed = call.table, form, missed
         self.inner, self.n_pairs = call.table.geometry.intermediate, call.n_pairs
         self.rows_are_aligned = call.x.shape[1] * call.x.element_size() % ALIGNMENT_BYTES == 0
         one = call.ids.new_zeros(1, 1, dtype=torch.int64)  # a pair is a token with one expert
-        pair = MoECall(call.x[:1], one, torch.ones_like(one, dtype=torch.float32), call.table, layer=0)
+        pair = MoECall(call.x[:1], one, torch.ones_like(one, dtype=torch.float32), call.table, 0, *form.parts)
         launches_of = quantised_launches if isinstance(call.table, QuantisedTable) else decode_launches
         gate_up, down = launches_of(pair, torch.empty_like(pair.x), missed)
         x_of_pair = {"top_k": MANY} if call.n_tokens == 1 else {}

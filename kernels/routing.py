@@ -78,17 +78,23 @@ def route_reference(logits: Tensor, routing: Routing, selection_bias: Tensor | N
         ids int64 [T, k], best first, ties to the lower id, NaN like -inf; weights [T, k]. A row with a NaN logit has NaN weights
         (under "sigmoid" only where a chosen logit is NaN, or renormalised with one that is).
     """
-    scores = logits.softmax(-1) if routing.score == "softmax" else logits.sigmoid()
-    choice = logits if routing.chooses_by_logit(selection_bias is not None) else scores
-    if selection_bias is not None:
-        choice = choice + selection_bias.to(choice.dtype)
-    if routing.grouped:
-        choice = _only_best_groups(choice, routing)
-    ids = highest_reference(choice, routing.top_k)
-    weights = scores.gather(1, ids)
+    ids = highest_reference(choice_scores(logits, routing, selection_bias), routing.top_k)
+    weights = _scores(logits, routing).gather(1, ids)
     if routing.renormalise:
         weights = weights / (weights.sum(-1, keepdim=True) + SMALLEST_SUM)
     return ids, weights * routing.scaling_factor
+
+
+def choice_scores(logits: Tensor, routing: Routing, selection_bias: Tensor | None = None) -> Tensor:
+    """What the rule takes the k highest of, [T, E] in the dtype of `logits`; arguments as for `route_reference`."""
+    choice = logits if routing.chooses_by_logit(selection_bias is not None) else _scores(logits, routing)
+    if selection_bias is not None:
+        choice = choice + selection_bias.to(choice.dtype)
+    return _only_best_groups(choice, routing) if routing.grouped else choice
+
+
+def _scores(logits: Tensor, routing: Routing) -> Tensor:
+    return logits.softmax(-1) if routing.score == "softmax" else logits.sigmoid()
 
 
 def _only_best_groups(choice: Tensor, routing: Routing) -> Tensor:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.expert_form import ExpertForm
+
 
 @dataclass(frozen=True)
 class PreGateView:
@@ -43,6 +45,16 @@ class ModelView:
     draft_head: Callable[[LayerView | AttentionView], Tensor] | None = (
         None  # as `predictors.draft_head`, where the model has one
     )
+    choice_scores: Sequence[Callable[[Tensor], Tensor]] | None = (
+        None  # per layer: router logits -> what its router takes the k highest of, [T, E]; None: the logits
+    )
+
+    expert_forms: Sequence[ExpertForm] | None = None  # per layer: activation and biases; None: SwiGLU without biases
+
+    def router_scores(self, layer: int, router_input: Tensor) -> Tensor:
+        """What the router of `layer` takes the k highest of, [T, E], when it reads `router_input` [T, H]."""
+        logits = self.router_logits[layer](router_input)
+        return logits if self.choice_scores is None else self.choice_scores[layer](logits)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from predictors.lookahead import check_lookahead
 
 @dataclass
 class GateReuse(Predictor):
-    """Scores are the target router's logits on today's residual. Variants replace the stream that it reads."""
+    """Scores are what the target's router would choose by on today's residual, for most models its logits. Variants replace the stream that it reads."""
 
     lookahead: int = 1  # layers between the observation and its one target
 
@@ -31,7 +31,7 @@ class GateReuse(Predictor):
         check_lookahead(self.lookahead, model.n_layers - 1)
 
     def predict(self, seen: LayerView) -> list[Prediction]:
-        """Logits [T, E] for layer `seen.layer + lookahead`; nothing past the last layer."""
+        """Scores [T, E] for layer `seen.layer + lookahead`; nothing past the last layer."""
         target = seen.layer + self.lookahead
         if target >= self.model.n_layers:
             return []
@@ -39,7 +39,7 @@ class GateReuse(Predictor):
         if stream is None:
             return []
         router_input = self.model.pre_moe_norm[target](stream)
-        return [Prediction(target, self.model.router_logits[target](router_input))]
+        return [Prediction(target, self.model.router_scores(target, router_input))]
 
     def stream(self, seen: LayerView, target: int) -> Tensor | None:
         """What `target`'s norm and router are applied to, [T, H]; None: there is nothing to go by yet."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.expert_mlp import expert_mlp
+from kernels.expert_form import PLAIN, ExpertForm
 from predictors import weights as weights_file
 from predictors.base import LayerView, ModelView
 from predictors.gate_reuse import GateReuse
@@ -81,6 +81,7 @@ def default_vectors(
     n_experts: int,
     read_expert: Callable[[ExpertKey], tuple[Tensor, Tensor]],
     advance: Callable[[], None],
+    forms: Sequence[ExpertForm] | None = None,
 ) -> Tensor:
     """Mean output of every expert over the tokens that were routed to it, [L, E, H] float32; 0 for one that was never used.
 
@@ -88,14 +89,16 @@ def default_vectors(
         views: per MoE layer what it saw of the calibration text.
         read_expert: (gate_up [2I, H], down [H, I]) of an expert.
         advance: called after each of the L * E experts.
+        forms: of each layer's experts; None: SwiGLU without biases.
     """
     means = torch.zeros(len(views), n_experts, views[0].hidden.shape[1])
     for view in views:
+        form = PLAIN if forms is None else forms[view.layer]
         for expert in range(n_experts):
             rows = (view.topk_ids == expert).any(dim=1).nonzero().flatten()
             if len(rows):
                 gate_up, down = read_expert(ExpertKey(view.layer, expert))
-                blocks = [expert_mlp(view.hidden[block], gate_up, down).float() for block in rows.split(ROWS_AT_ONCE)]
+                blocks = [form.mlp(expert, view.hidden[block], gate_up, down).float() for block in rows.split(ROWS_AT_ONCE)]
                 means[view.layer, expert] = torch.stack([block.sum(dim=0) for block in blocks]).sum(dim=0) / len(rows)
             advance()
     return means

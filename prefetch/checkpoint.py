@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +24,11 @@ from prefetch.errors import CheckpointError, UnsupportedModelError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BYTES = {"U8": torch.uint8}
+DTYPES = FLOATS | BYTES
+READABLE_QUANTISATION = "mxfp4"  # of the experts alone, as gpt-oss ships (prefetch/expert_tensors.py)
+LANGUAGE_PART = "model.language_model."  # how multimodal checkpoints begin the names of what is else in "model."
 SAMPLE_BYTES = 4096
 N_SAMPLES = 64  # per shard, for the fingerprint
 
@@ -57,6 +61,10 @@ class Checkpoint:
     Args:
         folder: holds config.json and model.safetensors, or model.safetensors.index.json with its shards.
 
+    Attributes:
+        config: of the language model; a multimodal checkpoint's other parts are left aside. Tensors have the names that a
+            checkpoint of the language model alone would give them.
+
     Raises:
         CheckpointError: a file is missing, damaged or shorter than its header says.
         UnsupportedModelError: transformers does not know the architecture.
@@ -64,25 +72,29 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.config = _read_config(self.folder)
+        self.config = read_config(self.folder)
         self._shards = [_read_shard(path) for path in _shard_paths(self.folder)]
-        self._entries = {name: entry for shard in self._shards for name, entry in shard.entries.items()}
+        named = [(name, entry) for shard in self._shards for name, entry in shard.entries.items()]
+        self._entries = {name.replace(LANGUAGE_PART, "model.", 1): entry for name, entry in named}
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
-    def read(self, name: str, shape: tuple[int, ...], index: int | None = None) -> Tensor:
+    def read(
+        self, name: str, shape: tuple[int, ...], index: int | None = None, *, dtypes: Mapping[str, torch.dtype] = FLOATS
+    ) -> Tensor:
         """A tensor of the checkpoint, in its stored dtype.
 
         Args:
             name: as in the checkpoint.
             shape: what the tensor's shape must be.
             index: read only this entry of the first dimension; the result then has shape `shape[1:]`.
+            dtypes: what it may be stored as, `FLOATS` or `BYTES`.
 
         Raises:
-            CheckpointError: the tensor is absent, has another shape or no plain float dtype, or cannot be read.
+            CheckpointError: the tensor is absent, has another shape or dtype, or cannot be read.
         """
-        entry = self._entry(name, shape)
+        entry = self._entry(name, shape, dtypes)
         if index is None:
             return _read_tensor(entry, entry.start, shape)
         stride = entry.n_bytes // shape[0]
@@ -109,29 +121,43 @@ class Checkpoint:
         with _reading(self.folder):
             return max(shard.path.stat().st_mtime_ns for shard in self._shards)
 
-    def _entry(self, name: str, shape: tuple[int, ...]) -> _Entry:
+    def _entry(self, name: str, shape: tuple[int, ...], dtypes: Mapping[str, torch.dtype]) -> _Entry:
         entry = self._entries.get(name)
         if entry is None:
             raise CheckpointError(f"{self.folder}: no shard holds the tensor {name}")
         if entry.shape != shape:
             shapes = f"has shape {list(entry.shape)}; config.json asks for {list(shape)}"
             raise CheckpointError(f"{entry.shard}: {name} {shapes}")
-        if entry.dtype not in DTYPES:
-            raise CheckpointError(f"{entry.shard}: {name} has dtype {entry.dtype}, not one of {', '.join(DTYPES)}")
+        if entry.dtype not in dtypes:
+            raise CheckpointError(f"{entry.shard}: {name} has dtype {entry.dtype}, not one of {', '.join(dtypes)}")
         return entry
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
+def read_config(folder: Path) -> PretrainedConfig:
+    """The configuration of the language model in `folder`.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: as `Checkpoint` does.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; a checkpoint holds config.json and {SINGLE_FILE} or {INDEX_FILE}")
     _read_json(path)
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
     except StrictDataclassError as error:
         raise CheckpointError(f"{path}: {_one_line(error)}") from error
     except (ValueError, OSError) as error:
         raise UnsupportedModelError(f"{path}: {_one_line(error)}") from error
+    if quantisation := getattr(config, "quantization_config", None):
+        if quantisation["quant_method"] != READABLE_QUANTISATION:
+            raise UnsupportedModelError(
+                f"{path}: its weights are quantised ({quantisation['quant_method']}), and only float weights and experts in "
+                f"{READABLE_QUANTISATION} can be read: convert the checkpoint to bfloat16, and quantise experts with "
+                "model.expert_format"
+            )
+        del config.quantization_config  # transformers shall load the rest as the plain weights that they are
+    return config.get_text_config(decoder=True)
 
 
 def _shard_paths(folder: Path) -> list[Path]:

@@ -69,7 +69,7 @@ class DeviceRuntime(LayerServer):
                 f"predictor={predictor.name or type(predictor).__name__} asks the host, and a device-driven run must not: choose one "
                 "that computes on the device after the router, such as gate_reuse"
             )
-        super().__init__(geometry, predictor, slots.device)
+        super().__init__(geometry, predictor, slots.device, slots.device)
         self.cache, self.slots, self.in_place = cache, slots, backing
         self.n_guesses, self.n_programs = n_guesses or geometry.top_k, n_programs
         self.most_prefetches = max(1, prefetch_bytes // geometry.expert.row_bytes)
@@ -86,7 +86,7 @@ class DeviceRuntime(LayerServer):
     def layer_call(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """The MoE layer's output [T, H] from the router's input [T, H] and choice [T, k]; enqueued, and nothing waited for."""
         if topk_ids.numel() > self.spare:
-            return moe_mlp(MoECall(hidden, topk_ids, topk_weights, self.in_place, layer), missed=self.missed)
+            return self._computed(layer, hidden, topk_ids, topk_weights, self.in_place)
         seen = self.layer_view(layer, hidden, topk_ids, topk_weights)
         return self.planned_call(layer, hidden, topk_ids, topk_weights, self._guesses(layer, self.predictor.predict(seen)))
 
@@ -108,7 +108,7 @@ class DeviceRuntime(LayerServer):
             self.prefetched = plan
             with self._beside():
                 gather_rows(self.slots, self.in_place.entries, plan, "prefetch", self.n_programs)
-        return moe_mlp(MoECall(hidden, topk_ids, topk_weights, self.in_slots, layer), missed=self.missed)
+        return self._computed(layer, hidden, topk_ids, topk_weights, self.in_slots)
 
     def counts(self) -> dict[str, int]:
         """Experts by what became of them, over all planned calls; waits for the device.
@@ -119,6 +119,9 @@ class DeviceRuntime(LayerServer):
         if int(self.missed):
             raise TransferError("a kernel needed an expert that was in no slot, and computed zeros: please report it")
         return {counter.name.lower(): int(count) for counter, count in zip(Counter, self.cache.counters.tolist(), strict=True)}
+
+    def _computed(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, table: ExpertTable) -> Tensor:
+        return moe_mlp(MoECall(hidden, topk_ids, topk_weights, table, layer, *self.forms[layer].parts), missed=self.missed)
 
     def _guesses(self, layer: int, predictions: list[Prediction]) -> Tensor | None:
         """The likeliest experts of each predicted layer, int64 [D, M]: over several tokens, by their highest score."""

@@ -78,6 +78,11 @@ class ExpertGeometry:
         down = row[self.down_offset : self.down_offset + self.down_bytes].view(self.dtype).view(self.down_shape)
         return lambda: (gate_up, down)
 
+    def operands(self, row: Tensor) -> ReadWeights:
+        """As `reader`, transposed: gate_up.t() [H, 2I] and down.t() [I, H], which inputs are multiplied by."""
+        gate_up, down = (weight.t() for weight in self.reader(row)())
+        return lambda: (gate_up, down)
+
     def fill(self, row: Tensor, load: LoadWeights) -> None:
         """Let `load` write an expert's weights in `dtype`, and put them into `row`; its padding is left alone."""
         load(*self.reader(row)())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.expert_form import PLAIN, ExpertForm
 from predictors.base import AttentionView, LayerView, ModelView, Predictor
 from prefetch.geometry import MoEGeometry
 
@@ -19,10 +21,12 @@ class LayerServer(ABC):
         geometry: sizes of the routed part of the model.
         predictor: guesses coming experts; a hint only.
         predicts_on: the device whose tensors the predictor is shown.
+        computes_on: the device of the layers' tensors.
     """
 
-    def __init__(self, geometry: MoEGeometry, predictor: Predictor, predicts_on: torch.device):
-        self.geometry, self.predictor, self.predicts_on = geometry, predictor, predicts_on
+    def __init__(self, geometry: MoEGeometry, predictor: Predictor, predicts_on: torch.device, computes_on: torch.device):
+        self.geometry, self.predictor, self.predicts_on, self.computes_on = geometry, predictor, predicts_on, computes_on
+        self.forms: Sequence[ExpertForm] = [PLAIN] * geometry.n_layers
         self.sequence, self.step = -1, 0
         self.token_ids = torch.empty(0, dtype=torch.int64)
         self.residual: Tensor | None = None  # of the layer in progress, where the predictor asks for it
@@ -33,6 +37,8 @@ class LayerServer(ABC):
     def bind(self, model: ModelView) -> None:
         """Tell the predictor about the model, which `model` then shows to others too."""
         self.model = model
+        if model.expert_forms is not None:
+            self.forms = [form.to(self.computes_on) for form in model.expert_forms]
         self.predictor.bind(model)
 
     def begin_forward(self, token_ids: Tensor, *, new_sequence: bool) -> None:

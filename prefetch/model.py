@@ -16,17 +16,21 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
+from kernels.expert_form import ExpertForm
 from kernels.quantised import QuantFormat, dequantise, quantise
+from kernels.routing import choice_scores
 from predictors.base import ModelView, PreGateView
-from prefetch.checkpoint import Checkpoint
+from prefetch.checkpoint import Checkpoint, read_config
 from prefetch.errors import CheckpointError, UnsupportedModelError
+from prefetch.expert_tensors import gate_then_up
 from prefetch.families import Family, family_of, moe_layer_indices
 from prefetch.geometry import MoEGeometry
 from prefetch.layer_server import LayerServer
+from prefetch.mtp_head import read_mtp_head
 from prefetch.pre_gate import PreGates, read_pre_gates
 from prefetch.pre_gated_routing import route_by
 
@@ -40,9 +44,9 @@ def load_offloaded(folder: Path, dtype: torch.dtype, device: torch.device | str 
 
     Raises:
         UnsupportedModelError: no family knows where this architecture keeps its experts, or it is not a SwiGLU MoE.
-        CheckpointError: non-expert weights are missing from the checkpoint, or it ships pre-gates that do not fit it.
+        CheckpointError: non-expert weights are missing from the checkpoint, or it ships pre-gates or a draft head that do not fit it.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     family = family_of(config)
     if config.hidden_act not in ("silu", "swish"):
         raise UnsupportedModelError(f"{folder}: hidden_act={config.hidden_act!r}; gatecast's expert MLP computes 'silu' only")
@@ -53,7 +57,9 @@ def load_offloaded(folder: Path, dtype: torch.dtype, device: torch.device | str 
     if report["missing_keys"]:
         raise CheckpointError(f"{folder}: the checkpoint lacks {', '.join(sorted(report['missing_keys'])[:5])}")
     model.set_experts_implementation(IMPLEMENTATION)
-    _use_pre_gates(model, folder)
+    checkpoint = Checkpoint(folder)
+    _use_pre_gates(model, checkpoint)
+    setattr(model, family.draft_head, read_mtp_head(checkpoint, family, model.get_decoder(), dtype))
     return model.to(device).eval()
 
 
@@ -70,10 +76,10 @@ def load_whole(
         KernelInputError: `how` does not fit the experts' sizes or weights.
     """
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **_dequantised(folder))
     if how is not None:
         _round_experts(model, how)
-    _use_pre_gates(model, folder)
+    _use_pre_gates(model, Checkpoint(folder))
     return model.to(device).eval()
 
 
@@ -118,7 +124,26 @@ def model_view(model: PreTrainedModel, family: Family, geometry: MoEGeometry, de
         _shared_experts(blocks, family, device),
         device,
         _draft_head(model, family, device),
+        choice_scores=_choice_scores(model, family, routers),
+        expert_forms=[_expert_form(model, block, family, device) for block in blocks],
     )
+
+
+def _choice_scores(model: PreTrainedModel, family: Family, routers: list[Any]) -> list[Callable[[Tensor], Tensor]] | None:
+    if family.routing is None:
+        return None
+    rule = family.routing(model.config)
+    biases = [getattr(router, family.selection_bias, None) for router in routers]
+    return [partial(choice_scores, routing=rule, selection_bias=bias) for bias in biases]
+
+
+def _expert_form(model: PreTrainedModel, block: nn.Module, family: Family, device: torch.device) -> ExpertForm:
+    activation, experts = family.activation(model.config), getattr(block, family.experts)
+    gate_up, down = (getattr(experts, name, None) for name in family.biases)
+    if gate_up is None or down is None:
+        return ExpertForm(activation)
+    gate_up = gate_then_up(gate_up.detach().T).T.contiguous() if family.interleaved else gate_up.detach()
+    return ExpertForm(activation, gate_up, down.detach()).to(device)
 
 
 def _draft_head(model: PreTrainedModel, family: Family, device: torch.device) -> Any:
@@ -147,9 +172,15 @@ def _moe_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [layers[i] for i in moe_layer_indices(model.config)]
 
 
-def _use_pre_gates(model: PreTrainedModel, folder: Path) -> None:
+def _dequantised(folder: Path) -> dict[str, Any]:
+    """How to load quantised experts as the float weights that a pack holds, whatever kernels for them transformers finds."""
+    quantised = hasattr(AutoConfig.from_pretrained(folder), "quantization_config")
+    return {"quantization_config": Mxfp4Config(dequantize=True)} if quantised else {}
+
+
+def _use_pre_gates(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Take the checkpoint's pre-gates, None where it ships none, and let them decide where it says so."""
-    model.pre_gates = read_pre_gates(Checkpoint(folder))
+    model.pre_gates = read_pre_gates(checkpoint)
     if model.pre_gates is not None and model.pre_gates.route:
         family = family_of(model.config)
         route_by([getattr(block, family.router) for block in moe_blocks(model, family)], model.pre_gates)
@@ -159,23 +190,32 @@ def _use_pre_gates(model: PreTrainedModel, folder: Path) -> None:
 def _round_experts(model: PreTrainedModel, how: QuantFormat) -> None:
     family = family_of(model.config)
     for block in moe_blocks(model, family):
-        for weight in getattr(block, family.experts).parameters(recurse=False):  # gate_up [E, 2I, H], down [E, H, I]
-            weight.copy_(dequantise(quantise(weight.flatten(0, 1), how), how).view_as(weight))
+        for name in family.weights:
+            stored = getattr(getattr(block, family.experts), name)
+            weight = stored.transpose(1, 2) if family.transposed else stored  # gate_up [E, 2I, H], down [E, H, I]
+            weight.copy_(dequantise(quantise(weight.flatten(0, 1), how), how).view(weight.shape))
 
 
 def _shared_experts(blocks: list[nn.Module], family: Family, device: torch.device) -> list[Callable[[Tensor], Tensor]] | None:
     """What each block adds for every token, None where the architecture has no shared expert."""
     if not all(hasattr(block, family.shared_expert) for block in blocks):
         return None
-    return [
-        partial(
-            _shared_output, *(_on(device, getattr(block, name)) for name in (family.shared_expert, family.shared_expert_gate))
-        )
-        for block in blocks
-    ]
+    return [_shared_expert(block, family, device) for block in blocks]
 
 
-def _shared_output(expert: nn.Module, gate: nn.Module, hidden: Tensor) -> Tensor:
+def _shared_expert(block: nn.Module, family: Family, device: torch.device) -> Callable[[Tensor], Tensor]:
+    expert = _on(device, getattr(block, family.shared_expert))
+    if not hasattr(block, family.shared_expert_gate):
+        return partial(_output, expert)
+    return partial(_gated_output, expert, _on(device, getattr(block, family.shared_expert_gate)))
+
+
+def _output(expert: nn.Module, hidden: Tensor) -> Tensor:
+    output: Tensor = expert(hidden)
+    return output
+
+
+def _gated_output(expert: nn.Module, gate: nn.Module, hidden: Tensor) -> Tensor:
     output: Tensor = torch.sigmoid(gate(hidden)) * expert(hidden)
     return output
 
@@ -216,7 +256,7 @@ def _without_experts(config_class: type, family: Family) -> type[PreTrainedModel
         base.__init__(self, config, *args, **kwargs)
         for block in moe_blocks(self, family):
             experts = getattr(block, family.experts)
-            for name, _ in list(experts.named_parameters(recurse=False)):
+            for name in family.weights:
                 experts.register_parameter(name, None)
             experts._is_hf_initialized = True  # nothing is left for transformers to initialise
 

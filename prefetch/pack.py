@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kernels.quantised import QuantFormat
 from prefetch.checkpoint import Checkpoint
-from prefetch.errors import CheckpointError, PackError
-from prefetch.families import Family, family_of, moe_geometry, moe_layer_indices
+from prefetch.errors import PackError
+from prefetch.expert_tensors import load_expert
+from prefetch.families import family_of, moe_geometry, moe_layer_indices
 from prefetch.pack_format import PackFormat
 from prefetch.progress import expert_progress
 
@@ -110,41 +110,11 @@ def _write_pack(fd: int, checkpoint: Checkpoint, form: PackFormat, progress: boo
     with expert_progress("packing experts", geometry, progress) as advance:
         for layer in range(geometry.n_layers):
             for expert in range(geometry.n_experts):
-                geometry.expert.fill(row, partial(_load_expert, checkpoint, family, layers[layer], expert))
+                geometry.expert.fill(row, partial(load_expert, checkpoint, family, layers[layer], expert))
                 checksums[layer, expert] = zlib.crc32(row.numpy().data)
                 _write_all(fd, row.numpy().data)
                 advance()
     _write_all(fd, checksums.tobytes())
-
-
-def _load_expert(checkpoint: Checkpoint, family: Family, layer: int, expert: int, gate_up: Tensor, down: Tensor) -> None:
-    """Convert one expert of *decoder* layer `layer` into `gate_up` [2I, H] and `down` [H, I]."""
-    n_experts, intermediate = checkpoint.config.num_experts, down.shape[1]
-    fused = family.fused_gate_up.format(layer=layer) in checkpoint
-    if fused:
-        parts = {family.fused_gate_up: gate_up, family.fused_down: down}
-    else:
-        parts = {family.gate: gate_up[:intermediate], family.up: gate_up[intermediate:], family.down: down}
-    for template, into in parts.items():
-        name = template.format(layer=layer, expert=expert)
-        if fused:
-            source = checkpoint.read(name, (n_experts, *into.shape), index=expert)
-        else:
-            source = checkpoint.read(name, tuple(into.shape))
-        into.copy_(source)
-        if not _is_finite(into):
-            raise CheckpointError(f"{checkpoint.folder}: {name} (expert {expert}) {_not_finite(source, into.dtype)}")
-
-
-def _is_finite(weights: Tensor) -> bool:
-    """Extremes are NaN if any element is, and take a twentieth of the time of `isfinite` on every bfloat16 element."""
-    return bool(torch.isfinite(torch.stack(torch.aminmax(weights))).all())
-
-
-def _not_finite(source: Tensor, dtype: torch.dtype) -> str:
-    if _is_finite(source):
-        return f"holds {source.abs().max():.3g}, too large for {dtype}; pack as bfloat16 or float32"
-    return "holds NaN or Inf; the checkpoint is damaged or its training diverged"
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 The format, beside the model's own tensors and options:
     model.layers.{N}.mlp.pre_gate.weight  [E, H] float, for every MoE layer N that has a layer to select for, N the decoder
         layer's number (`Family.pre_gate` names it for other families); applied to the router input of layer N, without bias
-    config.json: "pre_gate_level": 1, the number of MoE layers ahead; "pre_gate_mode": "hint" | "route"
+    config.json: "pre_gate_level": 1, the number of MoE layers ahead; "pre_gate_mode": "hint" | "route"; in its "text_config" where
+        it has one
 
 `hint`: the model's own routers decide, the heads only say early what they will say. `route`: the heads decide, and the routers
 of the layers they select for are not used, as in Pre-gated MoE (arXiv 2308.12066); such a model is another model than the one
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from prefetch.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from prefetch.errors import CheckpointError
-from prefetch.families import family_of, moe_layer_indices
+from prefetch.families import family_of, moe_layer_indices, n_experts
 
 LEVEL, MODE = "pre_gate_level", "pre_gate_mode"  # options of config.json
 HINT, ROUTE = MODES = ("hint", "route")
@@ -66,7 +67,7 @@ def read_pre_gates(checkpoint: Checkpoint) -> PreGates | None:
     stray = [name for name in names[len(names) - level :] if name in checkpoint]
     if stray:
         raise CheckpointError(f"{checkpoint.folder}: {stray[0]} selects for a layer past the last at {LEVEL} {level}")
-    shape = (config.num_experts, config.hidden_size)
+    shape = (n_experts(config), config.hidden_size)
     heads = tuple(checkpoint.read(name, shape) for name in names[: len(names) - level])
     for name, head in zip(names, heads, strict=False):
         if not bool(head.isfinite().all()):
@@ -97,7 +98,8 @@ def add_pre_gates(folder: Path, pre_gates: PreGates) -> None:
         (folder / SINGLE_FILE).rename(folder / FIRST_SHARD)
     _write_json(folder / INDEX_FILE, index)
     config = json.loads((folder / "config.json").read_text())
-    _write_json(folder / "config.json", config | {LEVEL: pre_gates.level, MODE: pre_gates.mode})
+    config.get("text_config", config).update({LEVEL: pre_gates.level, MODE: pre_gates.mode})
+    _write_json(folder / "config.json", config)
     read_pre_gates(Checkpoint(folder))
 
 

@@ -77,6 +77,16 @@ class QuantisedGeometry(ExpertGeometry):
         parts = self.parts(row)
         return lambda: self.dequantised(parts, self.dtype)
 
+    def operands(self, row: Tensor) -> ReadWeights:
+        """As `reader`, transposed."""
+        read = self.reader(row)
+
+        def transposed() -> tuple[Tensor, Tensor]:
+            gate_up, down = read()
+            return gate_up.t(), down.t()
+
+        return transposed
+
     def dequantised(self, parts: tuple[Quantised, Quantised], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """gate_up [2I, H] and down [H, I] of `parts`, rounded to `dtype`."""
         gate_up, down = (dequantise(part, self.how).to(dtype) for part in parts)

@@ -55,7 +55,8 @@ class OffloadRuntime(LayerServer):
         compute: ExpertCompute | None = None,
     ):
         self.compute = compute or TorchExperts(tier.pool)
-        super().__init__(geometry, predictor, self.compute.device if predictor.on_device else torch.device("cpu"))
+        predicts_on = self.compute.device if predictor.on_device else torch.device("cpu")
+        super().__init__(geometry, predictor, predicts_on, self.compute.device)
         self.tier, self.planner, self.read_expert = tier, planner, read_expert
         self.recorder = Recorder(geometry)
         self.keys = [[ExpertKey(layer, e) for e in range(geometry.n_experts)] for layer in range(geometry.n_layers)]
@@ -110,7 +111,9 @@ class OffloadRuntime(LayerServer):
             waiting = self.tier.start(found.misses)
             self._predict_and_prefetch(layer, hidden, ids, weights, guesses, work.experts, timer)
             started = time.perf_counter()
-            call = self.compute.begin(layer, Routed(hidden, topk_ids, topk_weights, weights, work), found.in_place)
+            call = self.compute.begin(
+                layer, Routed(hidden, topk_ids, topk_weights, weights, work, self.forms[layer]), found.in_place
+            )
             timer.expert_s += time.perf_counter() - started
             self._compute(call, found.hits, timer)
             for key in found.transient_hits:

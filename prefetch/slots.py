@@ -47,7 +47,7 @@ class SlotPool:
         self.n_slots = n_slots
         self.rows = _allocate(n_slots, geometry.expert.row_bytes, torch.device(device))
         self._on_release = on_release
-        self._readers = [geometry.expert.reader(row) for row in self.rows]  # made once: a layer call must not pay for slicing
+        self._operands = [geometry.expert.operands(row) for row in self.rows]  # made once: a layer call must not pay for views
         self.slot_of = torch.full((geometry.n_layers, geometry.n_experts), -1, dtype=torch.int32)
         self._table = self.slot_of.numpy()  # the same memory; reading one entry costs a tenth of torch's time
         self._table_rows = [memoryview(row) for row in self._table]
@@ -106,9 +106,9 @@ class SlotPool:
         """The slot's bytes: themselves, page-aligned, where the CPU can reach them, else a copy of them."""
         return self.rows[slot].cpu().numpy().data
 
-    def expert(self, slot: int) -> tuple[Tensor, Tensor]:
-        """gate_up [2I, H] (gate rows, then up rows) and down [H, I]: views into the slot, or dequantised from it."""
-        return self._readers[slot]()
+    def operands(self, slot: int) -> tuple[Tensor, Tensor]:
+        """gate_up.t() [H, 2I] and down.t() [I, H]: views into the slot, or dequantised from it."""
+        return self._operands[slot]()
 
 
 def parse_slots(spec: int | float | str, geometry: MoEGeometry) -> int:

@@ -93,7 +93,7 @@ def implementations(shape: Shape, dtype: torch.dtype, generator: torch.Generator
     e, h, i = shape.n_experts, shape.hidden, shape.intermediate
     gate_up = (torch.randn(e, 2 * i, h, generator=generator) / h**0.5).to(dtype)
     down = (torch.randn(e, h, i, generator=generator) / i**0.5).to(dtype)
-    experts = list(zip(gate_up, down, strict=True))
+    experts = list(zip(gate_up.mT, down.mT, strict=True))  # as slots give them
 
     def ours(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """What the runtime does in a layer call with every expert in its slot."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.expert_form import PLAIN, ExpertForm
 from prefetch.dispatch import Dispatch
 from prefetch.geometry import ExpertKey
 
@@ -24,6 +25,7 @@ class Routed(NamedTuple):
     weights: Tensor  # [T, k]
     weights_on_host: Tensor  # [T, k]
     work: Dispatch  # the ids on the host, by expert
+    form: ExpertForm = PLAIN  # of the layer's experts
 
 
 class LayerCompute(ABC):

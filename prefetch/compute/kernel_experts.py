@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from kernels.expert_mlp import expert_mlp, weighted_sum
+from kernels.expert_mlp import weighted_sum
 from kernels.moe_parts import Part, PartKernels
 from kernels.quantised_experts import expert_table
 from prefetch.compute.base import ExpertCompute, LayerCompute, Routed
@@ -28,7 +28,7 @@ class KernelLayer(LayerCompute):
         # Before anything is enqueued that the host would wait for as well.
         on_cpu = in_place if experts.mapped_address is None else ()
         self.hidden_on_host = experts.exchange.fetch([self.hidden])[0] if on_cpu else None
-        self.parts = experts.kernels.begin(self.hidden, routed.ids, routed.weights)
+        self.parts = experts.kernels.begin(self.hidden, routed.ids, routed.weights, routed.form)
         self.expected: dict[ExpertKey, Part] = {}
         self.rows_of_cpu: dict[int, Tensor] = {}  # expert -> [n, H] on the host
 
@@ -51,7 +51,7 @@ class KernelLayer(LayerCompute):
         inputs = self.work.inputs(self.hidden_on_host)
         self.parts.leave_out(self.experts.exchange.send(array("q", [p for key in keys for p in self.work.pairs[key.expert]])))
         for key in keys:
-            self.rows_of_cpu[key.expert] = expert_mlp(inputs[key.expert], *read(key))
+            self.rows_of_cpu[key.expert] = self.routed.form.mlp(key.expert, inputs[key.expert], *read(key))
 
     def finish(self) -> Tensor:
         return self.parts.finish(self._sum_of_cpu() if self.rows_of_cpu else None)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.expert_mlp import WIDE_BELOW_ELEMENTS, WIDE_BELOW_ROWS, expert_mlp, expert_mlps, weighted_sum
+from kernels.expert_mlp import SMALL_ELEMENTS, STACKED_AT_ONCE, WIDENED_ROWS, expert_mlp, expert_mlps, weighted_sum
 from prefetch.dispatch import dispatch
 
 N_ROUNDINGS = 12  # gate, up, silu, their product, the result: each at most half a unit; the rest for the sums
@@ -85,16 +85,27 @@ def test_states_go_out_and_rows_come_back(n_tokens: int, top_k: int, n_experts: 
 
 @pytest.mark.parametrize("hidden", [192, 512])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_widened_or_not_the_mlp_is_the_same(dtype: torch.dtype, hidden: int) -> None:
-    """One case on either side of the size below which weights are widened, at row counts on either side as well."""
+def test_widened_or_in_a_batch_or_alone_the_mlp_is_the_same(dtype: torch.dtype, hidden: int) -> None:
+    """One case on either side of the size below which experts are small, at row counts on either side of widening as well."""
     random = torch.Generator().manual_seed(0)
     gate_up = (torch.randn(hidden, hidden, generator=random) / hidden**0.5).to(dtype)
     down = (torch.randn(hidden, hidden // 2, generator=random) / (hidden / 2) ** 0.5).to(dtype)
-    x = torch.randn(WIDE_BELOW_ROWS, hidden, generator=random).to(dtype)
+    x = torch.randn(WIDENED_ROWS + 1, hidden, generator=random).to(dtype)
     exact = reference(x, gate_up, down)
     assert relative_error(expert_mlp(x, gate_up, down), exact) <= LIMITS[dtype]
     assert relative_error(expert_mlp(x[:-1], gate_up, down), exact[:-1]) <= LIMITS[dtype]
-    assert (gate_up.numel() < WIDE_BELOW_ELEMENTS) == (hidden == 192)
+    assert (gate_up.numel() < SMALL_ELEMENTS) == (hidden == 192)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_more_experts_than_a_batch_holds(dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    n_experts, n = 2 * STACKED_AT_ONCE + 1, WIDENED_ROWS + 1
+    weights = [
+        (torch.randn(64, 48, generator=random).to(dtype), torch.randn(48, 32, generator=random).to(dtype))
+        for _ in range(n_experts)
+    ]
+    check_same_bits(torch.randn(n_experts * n, 48, generator=random).to(dtype).split(n), weights, n_threads=1)
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
@@ -133,7 +144,7 @@ def check_same_bits(xs: Sequence[torch.Tensor], weights: list[tuple[torch.Tensor
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     try:
-        together = expert_mlps(xs, weights)
+        together = expert_mlps(xs, [(gate_up.t(), down.t()) for gate_up, down in weights])
         assert len(together) == len(xs)
         assert all(torch.equal(rows, expert_mlp(x, *weight)) for rows, x, weight in zip(together, xs, weights, strict=True))
     finally:

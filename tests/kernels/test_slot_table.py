@@ -27,7 +27,7 @@ def test_rows_are_those_of_the_runtime() -> None:
         table = ExpertTable(GEOMETRY, (pool,), entries)
         found = table.expert(0, 1)
         assert found is not None and table.expert(0, 0) is None
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, slots.expert(1), strict=True))
+        assert all(torch.equal(ours.t(), theirs) for ours, theirs in zip(found, slots.operands(1), strict=True))
 
 
 def test_addresses_of_rows_that_lie_apart() -> None:

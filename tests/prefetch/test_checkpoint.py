@@ -193,3 +193,12 @@ def test_no_file_stays_open(mixtral):
     with pytest.raises(CheckpointError):
         Checkpoint(mixtral)
     assert n_open() == before
+
+
+def test_quantised_weights_are_refused(tiny_qwen3, tmp_path):
+    folder = Path(shutil.copytree(tiny_qwen3, tmp_path / "fp8"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=r"its weights are quantised \(fp8\).*bfloat16"):
+        Checkpoint(folder)

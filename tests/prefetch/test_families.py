@@ -13,11 +13,13 @@ from transformers import (
     OlmoeConfig,
     PretrainedConfig,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
     Qwen3MoeConfig,
 )
 
 from prefetch.errors import UnsupportedModelError
 from prefetch.families import FAMILIES, family_of, moe_geometry, moe_layer_indices
+from tests.prefetch.tiny_families import deepseek_v2_config, deepseek_v3_config, gpt_oss_config, qwen3_next_config
 
 SIZES: dict[str, Any] = {
     "num_hidden_layers": 6,
@@ -31,6 +33,11 @@ CONFIGS = {
     "olmoe": OlmoeConfig(**SIZES, intermediate_size=48, num_experts=4, num_experts_per_tok=2),
     "qwen2_moe": Qwen2MoeConfig(**SIZES, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=3),
     "qwen3_moe": Qwen3MoeConfig(**SIZES, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=1),
+    "qwen3_5_moe": Qwen3_5MoeTextConfig(**SIZES, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=3),
+    "deepseek_v2": deepseek_v2_config(),
+    "deepseek_v3": deepseek_v3_config(first_k_dense_replace=2),
+    "gpt_oss": gpt_oss_config(),
+    "qwen3_next": qwen3_next_config(),
     "qwen3_moe, some dense": Qwen3MoeConfig(
         **SIZES, moe_intermediate_size=16, num_experts=4, mlp_only_layers=[3], decoder_sparse_step=2
     ),
@@ -55,8 +62,12 @@ def test_names_and_sizes_are_those_of_the_modules(config):
     for i in indices:
         block = getattr(layers[i], family.moe_block)
         experts, router = getattr(block, family.experts), getattr(block, family.router)
-        assert experts.gate_up_proj.shape == (geometry.n_experts, *geometry.expert.gate_up_shape)
-        assert experts.down_proj.shape == (geometry.n_experts, *geometry.expert.down_shape)
+        gate_up, down = (getattr(experts, name) for name in family.weights)
+        assert experts.is_transposed == family.transposed and experts.is_concatenated != family.interleaved
+        gate_up, down = (gate_up.mT, down.mT) if family.transposed else (gate_up, down)
+        assert gate_up.shape == (geometry.n_experts, *geometry.expert.gate_up_shape)
+        assert down.shape == (geometry.n_experts, *geometry.expert.down_shape)
+        assert experts.has_bias == all(hasattr(experts, name) for name in family.biases)
         assert router.weight.shape == (geometry.n_experts, geometry.expert.hidden)
         assert router.top_k == geometry.top_k
         assert getattr(layers[i], family.pre_moe_norm).weight.shape == (geometry.expert.hidden,)
@@ -70,10 +81,14 @@ def test_moe_layers_are_those_with_experts(config):
 
 def test_the_mixed_model_has_dense_layers():
     assert moe_layer_indices(CONFIGS["qwen3_moe, some dense"]) == [1, 5]
+    assert moe_layer_indices(CONFIGS["deepseek_v3"]) == [2, 3]
 
 
 def test_an_unsupported_architecture_is_named_beside_the_supported_ones():
-    with pytest.raises(UnsupportedModelError, match=r"'llama' is not supported.* mixtral, olmoe, qwen2_moe, qwen3_moe"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"'llama' is not supported.* deepseek_v2, deepseek_v3, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_5_moe_text, qwen3_moe, qwen3_next",
+    ):
         moe_geometry(LlamaConfig(), torch.float32)
 
 

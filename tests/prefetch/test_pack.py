@@ -12,6 +12,7 @@ import time
 import zlib
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,12 @@ from transformers import (
 
 from prefetch.checkpoint import Checkpoint
 from prefetch.errors import CheckpointError, PackError
-from prefetch.families import moe_layer_indices
+from prefetch.families import moe_layer_indices, n_experts
 from prefetch.geometry import ExpertKey
 from prefetch.pack import pack_experts, pack_format_of
 from prefetch.store import ExpertStore
 from tests.conftest import qwen3_config, save_random
+from tests.prefetch.tiny_families import CHECKPOINTS
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -102,7 +104,9 @@ def fuse_experts(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(params=["qwen3", "fused qwen3", "mixtral in shards", "olmoe", "qwen2_moe", "partly dense qwen3 in shards"])
+@pytest.fixture(
+    params=["qwen3", "fused qwen3", "mixtral in shards", "olmoe", "qwen2_moe", "partly dense qwen3 in shards", *CHECKPOINTS]
+)
 def checkpoint_folder(request, qwen3, tiny_mixtral, tmp_path) -> Path:
     makers = {
         "qwen3": lambda: qwen3,
@@ -112,7 +116,16 @@ def checkpoint_folder(request, qwen3, tiny_mixtral, tmp_path) -> Path:
         "qwen2_moe": lambda: qwen2(tmp_path / "qwen2_moe"),
         "partly dense qwen3 in shards": lambda: partly_dense(tmp_path / "partly_dense"),
     }
+    makers |= {name: partial(make, tmp_path / name) for name, make in CHECKPOINTS.items()}
     return makers[request.param]()
+
+
+def as_packed(experts: Any, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """gate_up [2I, H], gate rows first, and down [H, I], going by what transformers says of its own layout."""
+    gate_up, down = experts.gate_up_proj[expert], experts.down_proj[expert]
+    if experts.is_transposed:
+        gate_up, down = gate_up.T, down.T
+    return gate_up if experts.is_concatenated else torch.cat([gate_up[0::2], gate_up[1::2]]), down
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -122,13 +135,14 @@ def test_rows_are_the_experts_transformers_loads(checkpoint_folder, pack, dtype)
     store = ExpertStore(pack, pack_format_of(checkpoint, dtype))
     model = AutoModelForCausalLM.from_pretrained(checkpoint_folder, dtype=torch.float32)
     layers = [model.get_decoder().layers[i] for i in moe_layer_indices(model.config)]
-    assert store.geometry.n_layers == len(layers) and store.geometry.n_experts == model.config.num_experts
+    assert store.geometry.n_layers == len(layers) and store.geometry.n_experts == n_experts(model.config)
     for layer, module in enumerate(layers):
-        for expert in range(model.config.num_experts):
+        for expert in range(n_experts(model.config)):
             gate_up, down = store.read_expert(ExpertKey(layer, expert))
             assert gate_up.dtype == down.dtype == dtype
-            assert torch.equal(gate_up, module.mlp.experts.gate_up_proj[expert].to(dtype))
-            assert torch.equal(down, module.mlp.experts.down_proj[expert].to(dtype))
+            expected_gate_up, expected_down = as_packed(module.mlp.experts, expert)
+            assert torch.equal(gate_up, expected_gate_up.to(dtype))
+            assert torch.equal(down, expected_down.to(dtype))
 
 
 def test_the_pack_is_a_safetensors_file_with_rows_on_pages(tiny_qwen3, pack):

@@ -20,6 +20,7 @@ from prefetch.model import load_offloaded, load_whole
 from prefetch.pre_gate import HINT, ROUTE, SHARD, PreGates, add_pre_gates, read_pre_gates
 from tests.conftest import qwen3_config, save_random
 from tests.prefetch.offloaded import PROMPTS, Setting, decode, offloaded, plain
+from tests.prefetch.tiny_families import CHECKPOINTS
 
 N_LAYERS, N_EXPERTS, TOP_K, HIDDEN = 3, 8, 2, 32
 
@@ -100,6 +101,14 @@ def test_routed_live_every_prefetch_is_right(level: int, gated: Callable[[int, s
     prefetches = record.transfers[record.transfers["kind"] == "prefetch"]
     assert set(prefetches["outcome"]) <= {"useful", "demand"}  # demand: right too, but needed before the link began it
     assert (prefetches["outcome"] == "useful").any()
+
+
+def test_a_multimodal_checkpoint_can_ship_them_too(tmp_path: Path) -> None:
+    folder = CHECKPOINTS["qwen3_5_moe"](tmp_path / "multimodal")
+    add_pre_gates(folder, PreGates(1, HINT, heads(0)))
+    found = load_offloaded(folder, torch.float32).pre_gates
+    assert (found.level, found.mode) == (1, HINT) and len(found.heads) == 3
+    assert all(torch.equal(head, given) for head, given in zip(found.heads, heads(0), strict=True))
 
 
 def test_hints_leave_every_token_alone_and_are_used(gated: Callable[[int, str], Path], tmp_path: Path) -> None:

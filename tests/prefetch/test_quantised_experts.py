@@ -120,8 +120,8 @@ def test_a_slot_gives_what_its_row_stands_for_now(checkpoint: Path, packs: Path)
     pool = SlotPool(store.geometry, 2)
     for key in (ExpertKey(0, 1), ExpertKey(2, 3)):
         pool.buffer(1)[:] = store.read_row(key).numpy().data
-        for found, expected in zip(pool.expert(1), store.read_expert(key), strict=True):
-            assert torch.equal(found, expected)
+        for found, expected in zip(pool.operands(1), store.read_expert(key), strict=True):
+            assert torch.equal(found, expected.t())
 
 
 SETTINGS: dict[str, Callable[[], Setting]] = {

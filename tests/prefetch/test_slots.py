@@ -97,17 +97,17 @@ def test_views_show_the_bytes_of_their_slot_only(dtype):
         row[: expert.gate_up_bytes] = gate_up.flatten().view(torch.uint8)
         row[expert.down_offset :][: expert.down_bytes] = down.flatten().view(torch.uint8)
         pool.buffer(slot)[:] = row.numpy().tobytes()
-        assert torch.equal(pool.expert(slot)[0], gate_up)
-        assert torch.equal(pool.expert(slot)[1], down)
+        assert torch.equal(pool.operands(slot)[0], gate_up.t())
+        assert torch.equal(pool.operands(slot)[1], down.t())
     for slot in range(N_SLOTS):  # no later slot has touched an earlier one
         generator = torch.Generator().manual_seed(slot)
         gate_up = torch.randn(2 * expert.intermediate, expert.hidden, generator=generator).to(dtype)
-        assert torch.equal(pool.expert(slot)[0], gate_up)
+        assert torch.equal(pool.operands(slot)[0], gate_up.t())
 
 
 def test_slots_are_page_aligned_rows_of_one_allocation():
     pool = SlotPool(geometry(), N_SLOTS)
-    starts = [pool.expert(slot)[0].data_ptr() for slot in range(N_SLOTS)]
+    starts = [pool.operands(slot)[0].data_ptr() for slot in range(N_SLOTS)]
     assert starts[0] % mmap.PAGESIZE == 0
     row_bytes = geometry().expert.row_bytes
     assert starts == [starts[0] + slot * row_bytes for slot in range(N_SLOTS)]
@@ -115,7 +115,7 @@ def test_slots_are_page_aligned_rows_of_one_allocation():
 
 
 def test_views_outlive_the_pool():
-    view = SlotPool(geometry(), 1).expert(0)[0]
+    view = SlotPool(geometry(), 1).operands(0)[0]
     assert torch.count_nonzero(view) == 0
     view.fill_(1)
     assert view.sum() == view.numel()
