@@ -23,10 +23,11 @@ from kernels.decode_mlp import decode_launches
 from kernels.decode_quantised import quantised_launches
 from kernels.expert_form import PLAIN, ExpertForm
 from kernels.grouped_mlp import combine_launch, empty_rows, rows_launches
-from kernels.launch import ALIGNMENT_BYTES, RepeatedLaunch, check_launchable
+from kernels.launch import ALIGNMENT_BYTES, check_launchable
 from kernels.moe_call import MoECall
 from kernels.moe_mlp import choose_path
 from kernels.quantised_experts import QuantisedTable
+from kernels.repeated_launch import RepeatedLaunch
 from kernels.slot_table import ExpertTable
 
 MANY = (
