@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -84,6 +84,21 @@ def slot_budget(cfg: DictConfig, geometry: MoEGeometry) -> SlotBudget:
             "none for the cache: raise cache.slots or lower cache.staging"
         )
     return SlotBudget(n_slots, capacity, staging, transient)
+
+
+def check_slots(arms: Mapping[str, DictConfig], geometry: MoEGeometry, n_bytes: int | None) -> None:
+    """Every arm's slots, by arm name, are as many as it needs, and fit into `n_bytes` of memory where that is known.
+
+    Raises:
+        CapacityError: they are too few, or too many; naming the arm and what would be right.
+    """
+    for name, cfg in arms.items():
+        wanted_bytes = slot_budget(cfg, geometry).n_slots * geometry.expert.row_bytes
+        if n_bytes is not None and wanted_bytes > n_bytes:
+            raise CapacityError(
+                f"arm {name}: its slots take {wanted_bytes / 1e9:.2f} GB of the GPU's memory, where {max(n_bytes, 0) / 1e9:.2f} GB are "
+                f"left for them: lower cache.slots, raise backend.memory, or leave the arm out (arms.{name}=null)"
+            )
 
 
 def build_policy(cfg: DictConfig, budget: SlotBudget, geometry: MoEGeometry) -> CachePolicy:

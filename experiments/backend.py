@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,8 @@ from omegaconf import DictConfig
 from prefetch.compute.base import ExpertCompute
 from prefetch.compute.kernel_experts import KernelExperts
 from prefetch.compute.torch_experts import TorchExperts
-from prefetch.device import compute_device, limit_memory
-from prefetch.errors import ConfigError
+from prefetch.device import compute_device, device_memory, limit_memory, settle
+from prefetch.errors import CapacityError, ConfigError
 from prefetch.slots import SlotPool, parse_bytes
 from prefetch.store import ExpertStore
 from prefetch.transfers.base import Transfers
@@ -33,50 +34,75 @@ class Backend:
     compute: ExpertCompute
 
 
-def build_source(cfg: DictConfig, store: ExpertStore) -> Source:
-    """The backing tier, open: a file, RAM, or with a GPU pinned RAM."""
+def build_source(cfg: DictConfig, store: ExpertStore, n_threads: int | None = None) -> Source:
+    """The backing tier, open: a file, RAM, or with a GPU pinned RAM. At most `n_threads` threads move bytes out of it; by default the tier's."""
     place = store.path, store.offset, store.row_bytes
     if cfg.tier.kind == "disk":
         return DiskSource(*place)
     if cfg.backend.kind == "torch":
         return HostSource(*place)
     compute_device(cfg.backend.kind)
-    return PinnedSource(*place, CudaDriver(), cfg.tier.n_threads)
+    return PinnedSource(*place, CudaDriver(), n_threads or cfg.tier.n_threads)
 
 
 class BackingTiers:
-    """The open backing tiers of a comparison's arms, one of each kind: what loads and pins all experts is done once."""
+    """The open backing tiers of a comparison's arms, one of each kind: what loads and pins all experts is done once.
 
-    def __init__(self, store: ExpertStore):
-        self.store = store
-        self.sources: dict[tuple[str, str, int], Source] = {}
+    Args:
+        n_threads: the most that any arm's transfers have.
+    """
+
+    def __init__(self, store: ExpertStore, n_threads: int):
+        self.store, self.n_threads = store, n_threads
+        self._sources: dict[tuple[str, str], Source] = {}
+        self._open = ExitStack()
 
     def of(self, cfg: DictConfig) -> Source:
         """The backing tier of `cfg`."""
-        kind = cfg.tier.kind, cfg.backend.kind, cfg.tier.n_threads
-        if kind not in self.sources:
-            self.sources[kind] = build_source(cfg, self.store)
-        return self.sources[kind]
+        kind = cfg.tier.kind, cfg.backend.kind
+        if kind not in self._sources:
+            source = build_source(cfg, self.store, self.n_threads)
+            self._sources[kind] = self._open.enter_context(closing(source))
+        return self._sources[kind]
 
     def __enter__(self) -> BackingTiers:
         return self
 
     def __exit__(self, *reason: object) -> None:
-        for source in self.sources.values():
-            source.close()
+        self._open.close()  # all of them, whatever the closing of one raises
 
 
 def use_device(backend: DictConfig) -> torch.device:
-    """The device that `backend` names, with its limits set; PyTorch's CPU threads too.
+    """The device that `backend` names; PyTorch's CPU threads are set too.
 
     Raises:
-        ConfigError, CapacityError: as `compute_device` and `limit_memory`.
+        ConfigError: as `compute_device`.
     """
     torch.set_num_threads(backend.n_threads)
-    device = compute_device(backend.kind)
-    if backend.memory is not None:
-        limit_memory(device, parse_bytes(backend.memory, "backend.memory"))
-    return device
+    return compute_device(backend.kind)
+
+
+def memory_budget(backend: DictConfig, device: torch.device) -> int | None:
+    """Bytes that model, slots and KV cache may take on `device`, a GPU; None for the CPU.
+
+    Raises:
+        CapacityError: `backend.memory` is no size, or more than there is.
+    """
+    if device.type == "cpu":
+        return None
+    total_bytes = device_memory(device)
+    n_bytes = total_bytes if backend.memory is None else parse_bytes(backend.memory, "backend.memory")
+    if n_bytes > total_bytes:
+        name = torch.cuda.get_device_name(device)
+        raise CapacityError(f"backend.memory={backend.memory}, but {name} has {total_bytes / 1e9:.1f} GB")
+    return n_bytes
+
+
+def enforce_budget(device: torch.device, n_bytes: int) -> None:
+    """From now on PyTorch has no more than `n_bytes` on `device`; what ran before may have had more."""
+    gc.collect()  # a model's modules refer to each other
+    torch.cuda.empty_cache()
+    limit_memory(device, n_bytes)
 
 
 def refuse_gpu(backend: DictConfig, program: str) -> None:
@@ -110,6 +136,7 @@ def _gpu(cfg: DictConfig, store: ExpertStore, n_slots: int, source: PinnedSource
     with ExitStack() as stack:
         fences = SlotFences(source.driver, n_slots, lambda: torch.cuda.current_stream(device).cuda_stream)
         stack.callback(fences.close)
+        stack.callback(settle, device)  # kernels may still read slots, and pinned memory that its owner unpins next
         pool = SlotPool(store.geometry, n_slots, device, on_release=fences.raise_at)
         transfers = _transfers(cfg, store, pool, source, fences.event)
         stack.callback(transfers.close)

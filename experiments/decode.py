@@ -22,9 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from experiments import launch, plots, tables
-from experiments.arm import ArmRun, leaves_in_place, run_arm, slot_budget
+from experiments.arm import ArmRun, check_slots, leaves_in_place, run_arm, slot_budget
 from experiments.atomic import write_text
-from experiments.backend import BackingTiers, use_device
+from experiments.backend import BackingTiers, enforce_budget, memory_budget, use_device
 from experiments.config import CACHE_COMMON, repository_path, validate
 from experiments.expert_store import open_store, quant_format
 from experiments.generation import Generation, divergences, generate_all, same_bits
@@ -38,7 +38,7 @@ from experiments.tracking import Tracker
 from experiments.workload import Batch, load_batches
 from prefetch.accounting import is_preload, summarise, violations
 from prefetch.cache.belady import belady_hits
-from prefetch.errors import ConfigError, GatecastError, TokenMismatchError
+from prefetch.errors import CapacityError, ConfigError, GatecastError, TokenMismatchError
 from prefetch.geometry import ExpertKey
 from prefetch.model import load_offloaded, load_whole
 from prefetch.recorder import RunRecord
@@ -69,14 +69,20 @@ def decode(cfg: DictConfig, folder: Path) -> None:
     device = use_device(cfg.backend)
     model_folder, dtype = repository_path(cfg.model.path), getattr(torch, cfg.model.dtype)
     store = open_store(cfg.model)
-    for arm in arms.values():
-        slot_budget(arm.cfg, store.geometry)  # too few slots are known before anything runs
+    budget_bytes = memory_budget(cfg.backend, device)
+    cfgs = {name: arm.cfg for name, arm in arms.items()}
+    check_slots(cfgs, store.geometry, budget_bytes)  # what cannot run is known before anything does
     batches = workload_batches(cfg, model_folder)
     reference = _reference(cfg, model_folder, dtype, device, batches) if cfg.check_tokens else None
+    if budget_bytes is not None:
+        enforce_budget(device, budget_bytes)
     model = load_offloaded(model_folder, dtype, device)
+    if budget_bytes is not None:
+        check_slots(cfgs, store.geometry, budget_bytes - torch.cuda.memory_allocated(device))
     metadata = {"model": model_folder.name, "fingerprint": store.fingerprint, "workload": str(OmegaConf.to_yaml(cfg.workload))}
     recording: RoutingTrace | None = None
-    with BackingTiers(store) as tiers, progress_bar("decoding", (cfg.repeats + 1) * len(arms)) as advance:
+    n_threads = max(arm_cfg.tier.n_threads for arm_cfg in cfgs.values())
+    with BackingTiers(store, n_threads) as tiers, progress_bar("decoding", (cfg.repeats + 1) * len(arms)) as advance:
         link_bytes_per_s = _link_rate(cfg, store, tiers, device)
         for repeat in range(-1, cfg.repeats):  # the first pass warms up and records what oracles read; it is not measured
             for name in _rotated(list(arms), repeat):
@@ -179,13 +185,18 @@ def _reference(
     cfg: DictConfig, model_folder: Path, dtype: torch.dtype, device: torch.device, batches: list[Batch]
 ) -> list[Generation]:
     """What the unmodified model says, as transformers runs it; where experts are quantised, with what their codes stand for."""
-    model = load_whole(model_folder, dtype, device, quant_format(cfg.model))
-    with progress_bar("unmodified model", len(batches)) as advance:
-        generations = []
-        for generation in generate_all(model, batches, cfg.workload, cfg.seed):
-            generations.append(generation)
-            advance()
-    return generations
+    try:
+        model = load_whole(model_folder, dtype, device, quant_format(cfg.model))
+        with progress_bar("unmodified model", len(batches)) as advance:
+            generations = []
+            for generation in generate_all(model, batches, cfg.workload, cfg.seed):
+                generations.append(generation)
+                advance()
+        return generations
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(
+            f"{device} cannot hold the unmodified model, which tokens are compared with: check_tokens=false does without"
+        ) from error
 
 
 def _link_rate(cfg: DictConfig, store: ExpertStore, tiers: BackingTiers, device: torch.device) -> float:

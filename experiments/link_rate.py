@@ -13,7 +13,7 @@ from prefetch.slots import SlotPool
 from prefetch.transfers.sources import Source
 
 N_READS = 256
-N_BUFFERS = 64
+MOST_BUFFERS, MOST_BUFFER_BYTES = 64, 1 << 30
 
 
 def measured_bytes_per_s(
@@ -21,13 +21,14 @@ def measured_bytes_per_s(
 ) -> float:
     """Bytes per second of `n_reads` random expert rows, read by `n_threads` threads into memory like that of the slots on `device`."""
     row_bytes = geometry.expert.row_bytes
-    pool = SlotPool(geometry, N_BUFFERS, device)
+    n_buffers = min(MOST_BUFFERS, max(n_threads, MOST_BUFFER_BYTES // row_bytes))  # beside a model and its slots, for a moment
+    pool = SlotPool(geometry, n_buffers, device)
     flat = np.random.default_rng(0).integers(geometry.n_total, size=n_reads)
     keys = [ExpertKey(*divmod(int(i), geometry.n_experts)) for i in flat]
 
     def read_share(thread: int) -> None:
         for i in range(thread, n_reads, n_threads):
-            source.read_to(keys[i], 0, pool.address(i % N_BUFFERS), row_bytes)
+            source.read_to(keys[i], 0, pool.address(i % n_buffers), row_bytes)
 
     with ThreadPoolExecutor(n_threads) as threads:
         list(threads.map(read_share, range(n_threads)))  # once to warm up: first touch of the buffers

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 
-from prefetch.errors import CapacityError, ConfigError
+from prefetch.errors import ConfigError
 
 
 def compute_device(backend: str) -> torch.device:
@@ -27,13 +29,18 @@ def limit_memory(device: torch.device, n_bytes: int) -> None:
     """Let PyTorch allocate at most `n_bytes` on `device`, model, slots and KV cache together: a large card stands in for a small one.
 
     The context and the kernels' code (some hundred MB) are not PyTorch's and come on top.
-
-    Raises:
-        CapacityError: the device has less.
     """
-    total_bytes = torch.cuda.get_device_properties(device).total_memory
-    if n_bytes > total_bytes:
-        raise CapacityError(
-            f"backend.memory is {n_bytes / 1e9:.1f} GB, but {torch.cuda.get_device_name(device)} has {total_bytes / 1e9:.1f} GB"
-        )
-    torch.cuda.set_per_process_memory_fraction(n_bytes / total_bytes, device)
+    index = torch.cuda.current_device() if device.index is None else device.index  # PyTorch's call takes no device without one
+    torch.cuda.set_per_process_memory_fraction(n_bytes / device_memory(device), index)
+
+
+def device_memory(device: torch.device) -> int:
+    """All bytes of the GPU `device`."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def settle(device: torch.device) -> None:
+    """Wait for the GPU's work, before memory goes that it may be reading. For teardown: an error that it ended with is left to those
+    who need its results, and hides no other."""
+    with suppress(RuntimeError):
+        torch.cuda.synchronize(device)

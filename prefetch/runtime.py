@@ -18,7 +18,7 @@ from torch import Tensor
 from predictors.base import Prediction, Predictor
 from predictors.lookahead import layers_ahead
 from predictors.none import NoPredictor
-from prefetch.compute.base import ExpertCompute, LayerCompute
+from prefetch.compute.base import ExpertCompute, LayerCompute, Routed
 from prefetch.compute.torch_experts import TorchExperts
 from prefetch.dispatch import dispatch
 from prefetch.errors import GatecastError, RoutingError, TransferError
@@ -64,10 +64,9 @@ class OffloadRuntime(LayerServer):
         planner.bind(geometry)
 
     def begin_forward(self, token_ids: Tensor, *, new_sequence: bool) -> None:
-        token_ids = token_ids.cpu()
         super().begin_forward(token_ids, new_sequence=new_sequence)
         self.tier.sequence, self.tier.step = self.sequence, self.step
-        self.recorder.begin_forward(self.sequence, self.step, token_ids)
+        self.recorder.begin_forward(self.sequence, self.step, self.token_ids.cpu())
 
     def end_forward(self) -> None:
         """The forward pass is over."""
@@ -83,7 +82,7 @@ class OffloadRuntime(LayerServer):
             return
         started = time.perf_counter()
         seen = self.attention_view(layer)
-        predictions = self._guarded(lambda: self.predictor.predict_before_attention(seen), layer)
+        predictions = self._guarded(lambda: self._checked(self.predictor.predict_before_attention(seen)), layer)
         self._prefetch(predictions, layer, [], before_attention=True)
         self.early_s = time.perf_counter() - started
 
@@ -99,34 +98,58 @@ class OffloadRuntime(LayerServer):
             RoutingError: the router's weights are not finite.
             TransferError: a needed expert could not be read.
         """
-        ids, weights = topk_ids.cpu(), topk_weights.cpu()  # on a GPU, waits until the router has spoken: no cost of this call
+        guesses = self._predict_beside_the_router(layer, hidden, topk_ids, topk_weights)
+        ids, weights, guesses = self._await_router(topk_ids, topk_weights, guesses)
         timer = CallTimer(time.perf_counter() - self.early_s, predictor_s=self.early_s)
         self.early_s = 0.0
-        self.compute.enter(f"experts of layer {layer}")
-        self._check_routing(layer, weights)
-        self.recorder.routed(ids, weights)
-        work = dispatch(ids)
+        with self.compute.span(f"experts of layer {layer}"):
+            self._check_routing(layer, weights)
+            self.recorder.routed(ids, weights)
+            work = dispatch(ids)
 
-        found = self._look_up(layer, work.experts)
-        waiting = self.tier.start(found.misses)
-        self._predict_and_prefetch(layer, hidden, ids, weights, work.experts, timer)
-        started = time.perf_counter()
-        call = self.compute.begin(layer, hidden, topk_ids, topk_weights, work, self.forms[layer])
-        timer.expert_s += time.perf_counter() - started
-        self._compute(call, found.hits, timer)
-        for key in found.transient_hits:
-            self.tier.release(key)
-        for key in found.in_place:
-            self._compute_in_place(call, key, timer)
-        self._compute_as_they_arrive(call, found.late + found.misses, waiting, timer)
+            found = self._look_up(layer, work.experts)
+            waiting = self.tier.start(found.misses)
+            self._predict_and_prefetch(layer, hidden, ids, weights, guesses, work.experts, timer)
+            started = time.perf_counter()
+            call = self.compute.begin(
+                layer, Routed(hidden, topk_ids, topk_weights, weights, work, self.forms[layer]), found.in_place
+            )
+            timer.expert_s += time.perf_counter() - started
+            self._compute(call, found.hits, timer)
+            for key in found.transient_hits:
+                self.tier.release(key)
+            self._compute_in_place(call, found.in_place, timer)
+            self._compute_as_they_arrive(call, found.late + found.misses, waiting, timer)
 
-        started = time.perf_counter()
-        out = call.finish()
-        ended = time.perf_counter()
-        timer.expert_s += ended - started
-        self.compute.leave()
+            started = time.perf_counter()
+            out = call.finish()
+            ended = time.perf_counter()
+            timer.expert_s += ended - started
         self.recorder.called(layer, len(hidden), _counts(found), timer, ended)
         return out
+
+    def _predict_beside_the_router(
+        self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
+    ) -> list[Prediction] | None:
+        """Enqueue the predictor where experts are computed by enqueueing and it computes there too: its scores then come with the
+        router's choice, in one wait. None: it is asked later, while demand loads travel."""
+        if not (self.compute.enqueues and self.predictor.on_device) or self._nothing_to_prefetch():
+            return None
+        started = time.perf_counter()
+        seen = self.layer_view(layer, hidden, topk_ids, topk_weights)
+        guesses = self._guarded(lambda: self._well_formed(self.predictor.predict(seen)), layer)
+        self.early_s += time.perf_counter() - started
+        return guesses
+
+    def _await_router(
+        self, topk_ids: Tensor, topk_weights: Tensor, guesses: list[Prediction] | None
+    ) -> tuple[Tensor, Tensor, list[Prediction] | None]:
+        """Choice, weights and guesses on the host. On a GPU this waits until the router has spoken, which is no cost of this call."""
+        scores = [guess.scores for guess in guesses or []]
+        ids, weights, *scores = self.compute.to_host([topk_ids, topk_weights, *scores])
+        if guesses:
+            guesses = [replace(guess, scores=there) for guess, there in zip(guesses, scores, strict=True)]
+        return ids, weights, guesses
 
     def _check_routing(self, layer: int, topk_weights: Tensor) -> None:
         total = float(topk_weights.sum())
@@ -147,14 +170,24 @@ class OffloadRuntime(LayerServer):
         return FastTierView(tier.on_board, tier.prefetch_room, tier.transfers.queued_bytes, tier.useful_share, tier.consider)
 
     def _predict_and_prefetch(
-        self, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, computing: Sequence[int], timer: CallTimer
+        self,
+        layer: int,
+        hidden: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        guesses: list[Prediction] | None,
+        computing: Sequence[int],
+        timer: CallTimer,
     ) -> None:
-        """While the demand loads travel: ask the predictor, record its guesses, start what the planner chooses."""
+        """While the demand loads travel: ask the predictor unless it has been, record its guesses, start what the planner chooses."""
         if type(self.predictor) is NoPredictor or self._nothing_to_prefetch():
             return
         started = time.perf_counter()
-        seen = self.layer_view(layer, hidden, ids, weights)
-        predictions = self._guarded(lambda: self.predictor.predict(seen), layer)
+        if guesses is None:
+            seen = self.layer_view(layer, hidden, ids, weights)
+            predictions = self._guarded(lambda: self._checked(self.predictor.predict(seen)), layer)
+        else:
+            predictions = self._guarded(lambda: self._checked(guesses), layer)
         self._prefetch(predictions, layer, computing)
         timer.predictor_s += time.perf_counter() - started
 
@@ -178,10 +211,7 @@ class OffloadRuntime(LayerServer):
     def _guarded(self, predict: Callable[[], list[Prediction]], layer: int) -> list[Prediction]:
         """A prediction is a hint: one that fails must not stop the run. It is reported once and switched off."""
         try:
-            predictions = [prediction if prediction.scores.is_cpu else _on_host(prediction) for prediction in predict()]
-            for prediction in predictions:
-                _check_prediction(prediction, len(self.token_ids), self.geometry)
-            return predictions
+            return predict()
         except GatecastError:
             raise  # the user's mistake, such as an oracle's trace of another run: a comparison without it would mislead
         except Exception as error:  # whatever a plug-in raises
@@ -192,14 +222,31 @@ class OffloadRuntime(LayerServer):
             self.predictor = NoPredictor()
             return []
 
+    def _well_formed(self, predictions: list[Prediction]) -> list[Prediction]:
+        """`predictions`, of layers and shapes that exist."""
+        for prediction in predictions:
+            _check_shape(prediction, len(self.token_ids), self.geometry)
+        return predictions
+
+    def _checked(self, predictions: list[Prediction]) -> list[Prediction]:
+        """`predictions` on the host, well formed and without NaN."""
+        on_host = [p if p.scores.is_cpu else replace(p, scores=p.scores.cpu()) for p in self._well_formed(predictions)]
+        for prediction in on_host:
+            peak = float(prediction.scores.max())  # NaN if any score is
+            if peak != peak:
+                raise ValueError("scores hold NaN")
+        return on_host
+
     def _compute(self, call: LayerCompute, keys: list[ExpertKey], timer: CallTimer) -> None:
         started = time.perf_counter()
         call.from_slots(keys, [self.tier.slots[key] for key in keys])
         timer.expert_s += time.perf_counter() - started
 
-    def _compute_in_place(self, call: LayerCompute, key: ExpertKey, timer: CallTimer) -> None:
+    def _compute_in_place(self, call: LayerCompute, keys: list[ExpertKey], timer: CallTimer) -> None:
+        if not keys:
+            return
         started, stalled_s = time.perf_counter(), timer.stall_s
-        call.in_place(key, lambda: self._read(key, timer))
+        call.in_place(keys, lambda key: self._read(key, timer))
         timer.expert_s += time.perf_counter() - started - (timer.stall_s - stalled_s)
 
     def _read(self, key: ExpertKey, timer: CallTimer) -> tuple[Tensor, Tensor]:
@@ -213,6 +260,7 @@ class OffloadRuntime(LayerServer):
     ) -> None:
         """Wait for transfers and compute each expert as it comes; a transient's slot goes to the next one waiting."""
         pending = {d.record.transfer: d for d in demands if d.record is not None}
+        self._expect(call, [demand.key for demand in pending.values()], timer)
         while pending:
             started = time.perf_counter()
             settled = self.tier.transfers.wait_any(list(pending))
@@ -228,6 +276,12 @@ class OffloadRuntime(LayerServer):
             if waiting:
                 started_now, waiting = waiting, self.tier.start(waiting)
                 pending |= {d.record.transfer: d for d in started_now if d.record is not None}
+
+    def _expect(self, call: LayerCompute, keys: list[ExpertKey], timer: CallTimer) -> None:
+        if keys:
+            started = time.perf_counter()
+            call.expect(keys, [self.tier.slots[key] for key in keys])
+            timer.expert_s += time.perf_counter() - started
 
     def _give_up(self, demands: list[Demand], failed: Demand) -> None:
         """Leave no slot half-written under an expert's name, then surface the error at the layer that needs it."""
@@ -256,16 +310,9 @@ def _counts(found: LookUp) -> tuple[int, int, int, int, int]:
     return n_hits + n_late + n_misses, n_hits, n_late, n_misses, n_in_place
 
 
-def _on_host(prediction: Prediction) -> Prediction:
-    return replace(prediction, scores=prediction.scores.cpu())
-
-
-def _check_prediction(prediction: Prediction, n_tokens: int, geometry: MoEGeometry) -> None:
+def _check_shape(prediction: Prediction, n_tokens: int, geometry: MoEGeometry) -> None:
     scores = prediction.scores
     if not 0 <= prediction.layer < geometry.n_layers:
         raise ValueError(f"predicted layer {prediction.layer} of {geometry.n_layers}")
     if scores.shape not in ((n_tokens, geometry.n_experts), (1, geometry.n_experts)):
         raise ValueError(f"scores of shape {tuple(scores.shape)}, expected ({n_tokens} or 1, {geometry.n_experts})")
-    peak = float(scores.max())  # NaN if any score is
-    if peak != peak:
-        raise ValueError("scores hold NaN")

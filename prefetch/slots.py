@@ -188,7 +188,11 @@ def _allocate(n_slots: int, row_bytes: int, device: torch.device) -> Tensor:
         pages = allocate_pages(n_slots * row_bytes, purpose)
         return torch.frombuffer(pages, dtype=torch.uint8).view(n_slots, row_bytes)
     try:
-        return torch.empty(n_slots, row_bytes, dtype=torch.uint8, device=device)
+        rows = torch.empty(n_slots, row_bytes, dtype=torch.uint8, device=device)
+        torch.cuda.synchronize(
+            device
+        )  # the memory may be freed memory that kernels still use: copies come on streams of their own
+        return rows
     except torch.OutOfMemoryError as error:
         raise CapacityError(
             f"{purpose} needs {n_slots * row_bytes / 1e9:.2f} GB of {device}'s memory, which has not as much left: lower "

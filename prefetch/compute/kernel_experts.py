@@ -2,69 +2,63 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-from kernels.expert_form import PLAIN, ExpertForm
 from kernels.expert_mlp import weighted_sum
-from kernels.moe_call import MoECall
-from kernels.moe_parts import MoEParts
+from kernels.moe_parts import Part, PartKernels
 from kernels.quantised_experts import expert_table
-from prefetch.compute.base import ExpertCompute, LayerCompute
-from prefetch.dispatch import Dispatch
+from prefetch.compute.base import ExpertCompute, LayerCompute, Routed
+from prefetch.compute.exchange import Exchange
 from prefetch.errors import TransferError
 from prefetch.geometry import ExpertKey, MoEGeometry
 from prefetch.slots import SlotPool
 
 
 class KernelLayer(LayerCompute):
-    """One layer call. Everything is enqueued on the current stream; nothing waits for the device."""
+    """One layer call. Everything is enqueued on the current stream; the host waits for the device only where it computes itself."""
 
-    def __init__(
-        self,
-        experts: KernelExperts,
-        layer: int,
-        hidden: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        work: Dispatch,
-        form: ExpertForm,
-    ):
-        self.experts, self.layer, self.work, self.form = experts, layer, work, form
-        self.hidden, self.weights = hidden.contiguous(), weights
-        call = MoECall(self.hidden, ids, weights, experts.table, layer, *form.parts)
-        self.parts = MoEParts(call, experts.missed)
+    def __init__(self, experts: KernelExperts, routed: Routed, in_place: Sequence[ExpertKey]):
+        self.experts, self.routed, self.work = experts, routed, routed.work
+        self.hidden = routed.hidden.contiguous()
+        # Before anything is enqueued that the host would wait for as well.
+        on_cpu = in_place if experts.mapped_address is None else ()
+        self.hidden_on_host = experts.exchange.fetch([self.hidden])[0] if on_cpu else None
+        self.parts = experts.kernels.begin(self.hidden, routed.ids, routed.weights, routed.form)
+        self.expected: dict[ExpertKey, Part] = {}
         self.rows_of_cpu: dict[int, Tensor] = {}  # expert -> [n, H] on the host
-        self.inputs_of_cpu: dict[int, Tensor] | None = None
+
+    def expect(self, keys: Sequence[ExpertKey], slots: Sequence[int]) -> None:
+        addresses = [self.experts.pool.address(slot) for slot in slots]
+        parts = self.experts.prepare(self.work.pairs, self.work.top_k, [[key] for key in keys], addresses)
+        self.expected.update(zip(keys, parts, strict=True))
 
     def from_slots(self, keys: Sequence[ExpertKey], slots: Sequence[int]) -> None:
-        if keys:
+        if len(keys) == 1 and keys[0] in self.expected:
+            self.parts.add(self.expected[keys[0]])
+        elif keys:
             self._add(keys, [self.experts.pool.address(slot) for slot in slots])
 
-    def in_place(self, key: ExpertKey, read: Callable[[], tuple[Tensor, Tensor]]) -> None:
+    def in_place(self, keys: Sequence[ExpertKey], read: Callable[[ExpertKey], tuple[Tensor, Tensor]]) -> None:
         if self.experts.mapped_address is not None:
-            self._add([key], [self.experts.mapped_address(key)])
+            self._add(keys, [self.experts.mapped_address(key) for key in keys])
             return
-        if self.inputs_of_cpu is None:
-            self.inputs_of_cpu = self.work.inputs(self.hidden.cpu())
-        self.rows_of_cpu[key.expert] = self.form.mlp(key.expert, self.inputs_of_cpu[key.expert], *read())
-        self.parts.leave_out(self._pairs_of([key]))
+        assert self.hidden_on_host is not None, "what is computed in place is named when the call begins"
+        inputs = self.work.inputs(self.hidden_on_host)
+        self.parts.leave_out(self.experts.exchange.send(array("q", [p for key in keys for p in self.work.pairs[key.expert]])))
+        for key in keys:
+            self.rows_of_cpu[key.expert] = self.routed.form.mlp(key.expert, inputs[key.expert], *read(key))
 
     def finish(self) -> Tensor:
         return self.parts.finish(self._sum_of_cpu() if self.rows_of_cpu else None)
 
     def _add(self, keys: Sequence[ExpertKey], addresses: Sequence[int]) -> None:
-        """A copy out of pageable memory is staged by the driver at once: the host may go on, and change what it copied."""
-        table = torch.zeros(self.experts.table.n_experts, dtype=torch.int64)
-        table[[key.expert for key in keys]] = torch.tensor(addresses)
-        self.experts.table.entries[self.layer].copy_(table, non_blocking=True)
-        self.parts.add(self._pairs_of(keys))
-
-    def _pairs_of(self, keys: Sequence[ExpertKey]) -> Tensor:
-        pairs = torch.tensor([pair for key in keys for pair in self.work.pairs[key.expert]])
-        return pairs.to(self.hidden.device, non_blocking=True)
+        [part] = self.experts.prepare(self.work.pairs, self.work.top_k, [keys], addresses)
+        self.parts.add(part)
 
     def _sum_of_cpu(self) -> Tensor:
         """[T, H], the weighted sum over the experts that the CPU computed: added on the device, like a shared expert's output."""
@@ -72,8 +66,8 @@ class KernelLayer(LayerCompute):
         rows = torch.zeros(n_tokens * self.work.top_k, hidden_size, dtype=self.hidden.dtype)
         for expert, outputs in self.rows_of_cpu.items():
             rows[self.work.pairs[expert]] = outputs
-        total = weighted_sum(rows.view(n_tokens, self.work.top_k, -1), self.weights.cpu().to(rows.dtype))
-        return total.to(self.hidden.device)
+        total = weighted_sum(rows.view(n_tokens, self.work.top_k, -1), self.routed.weights_on_host.to(rows.dtype))
+        return self.experts.exchange.send_tensor(total)
 
 
 class KernelExperts(ExpertCompute):
@@ -85,17 +79,54 @@ class KernelExperts(ExpertCompute):
             by the kernels (zero-copy); None: the CPU computes them.
     """
 
+    enqueues = True
+
     def __init__(self, geometry: MoEGeometry, pool: SlotPool, mapped_address: Callable[[ExpertKey], int] | None = None):
         self.pool, self.mapped_address = pool, mapped_address
         self.device = pool.rows.device
-        entries = torch.zeros(geometry.n_layers, geometry.n_experts, dtype=torch.int64, device=self.device)
-        self.table = expert_table(geometry.expert, (pool.rows,), entries)
+        self.exchange = Exchange(self.device)
         self.missed = torch.zeros(1, dtype=torch.int32, device=self.device)
+        entries = torch.zeros(1, geometry.n_experts, dtype=torch.int64, device=self.device)
+        self.kernels = PartKernels(expert_table(geometry.expert, (pool.rows,), entries), self.missed)
+        self.n_experts = geometry.n_experts
+        self.no_addresses = array("q", [0] * _even(geometry.n_experts))
 
-    def begin(
-        self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, work: Dispatch, form: ExpertForm = PLAIN
-    ) -> LayerCompute:
-        return KernelLayer(self, layer, hidden, topk_ids, topk_weights, work, form)
+    def begin(self, layer: int, routed: Routed, in_place: Sequence[ExpertKey]) -> LayerCompute:
+        return KernelLayer(self, routed, in_place)
+
+    def to_host(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return self.exchange.fetch(tensors)
+
+    def prepare(
+        self, pairs_of: dict[int, list[int]], top_k: int, parts: Sequence[Sequence[ExpertKey]], addresses: Sequence[int]
+    ) -> list[Part]:
+        """Parts of one layer call on the device, sent at once: one table for all, then each part's ids, pairs and tokens.
+
+        Args:
+            pairs_of: each expert's pairs.
+            addresses: where the rows of all keys are, part after part.
+        """
+        words, widths = self.no_addresses[:], [len(self.no_addresses)]
+        spans: list[tuple[int, int | None]] = []
+        address = iter(addresses)
+        for keys in parts:
+            ids, pairs = [], []
+            for key in keys:
+                words[key.expert] = next(address)
+                of_key = pairs_of[key.expert]
+                ids += [key.expert] * len(of_key)
+                pairs += of_key
+            n_pairs = len(pairs)
+            padding = [0] * (_even(n_pairs) - n_pairs)
+            for column in (ids, pairs, [pair // top_k for pair in pairs]):
+                words.extend(column + padding)
+            widths += [_even(n_pairs)] * 3
+            in_order = pairs == list(range(pairs[0], pairs[0] + n_pairs))
+            spans.append((n_pairs, pairs[0] if in_order else None))
+        table, *columns = self.exchange.send(words).split(widths)
+        table = table[: self.n_experts]
+        of_parts = zip(columns[::3], columns[1::3], columns[2::3], spans, strict=True)
+        return [Part(table, ids, pairs, tokens, *span) for ids, pairs, tokens, span in of_parts]
 
     def check(self) -> None:
         """Waits for the device.
@@ -106,10 +137,10 @@ class KernelExperts(ExpertCompute):
         if int(self.missed):
             raise TransferError("a kernel needed an expert that was in no slot, and computed zeros: please report it")
 
-    def enter(self, name: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.nvtx.range_push(name)
+    def span(self, name: str) -> AbstractContextManager:
+        return torch.cuda.nvtx.range(name) if self.device.type == "cuda" else super().span(name)
 
-    def leave(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.nvtx.range_pop()
+
+def _even(n: int) -> int:
+    """`n` words of 8 bytes, and one more where the next would not begin at a multiple of 16."""
+    return n + n % 2

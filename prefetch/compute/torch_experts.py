@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kernels.expert_form import PLAIN, ExpertForm
-from prefetch.compute.base import ExpertCompute, LayerCompute
-from prefetch.dispatch import Dispatch
+from prefetch.compute.base import ExpertCompute, LayerCompute, Routed
 from prefetch.geometry import ExpertKey
 from prefetch.slots import SlotPool
 
@@ -17,10 +15,10 @@ from prefetch.slots import SlotPool
 class TorchLayer(LayerCompute):
     """One layer call."""
 
-    def __init__(self, pool: SlotPool, hidden: Tensor, topk_weights: Tensor, work: Dispatch, form: ExpertForm):
-        self.pool, self.work, self.form = pool, work, form
-        self.weights = topk_weights.to(hidden.dtype)
-        self.inputs = work.inputs(hidden)
+    def __init__(self, pool: SlotPool, routed: Routed):
+        self.pool, self.work, self.form = pool, routed.work, routed.form
+        self.weights = routed.weights.to(routed.hidden.dtype)
+        self.inputs = routed.work.inputs(routed.hidden)
         self.rows: dict[int, Tensor] = {}  # expert -> [n, H], one row for each of its (token, rank) pairs
 
     def from_slots(self, keys: Sequence[ExpertKey], slots: Sequence[int]) -> None:
@@ -29,8 +27,9 @@ class TorchLayer(LayerCompute):
         found = self.form.mlps(experts, [self.inputs[expert] for expert in experts], operands)
         self.rows.update(zip(experts, found, strict=True))
 
-    def in_place(self, key: ExpertKey, read: Callable[[], tuple[Tensor, Tensor]]) -> None:
-        self.rows[key.expert] = self.form.mlp(key.expert, self.inputs[key.expert], *read())
+    def in_place(self, keys: Sequence[ExpertKey], read: Callable[[ExpertKey], tuple[Tensor, Tensor]]) -> None:
+        for key in keys:
+            self.rows[key.expert] = self.form.mlp(key.expert, self.inputs[key.expert], *read(key))
 
     def finish(self) -> Tensor:
         return self.work.combine(self.rows, self.weights)
@@ -42,7 +41,5 @@ class TorchExperts(ExpertCompute):
     def __init__(self, pool: SlotPool):
         self.pool, self.device = pool, torch.device("cpu")
 
-    def begin(
-        self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, work: Dispatch, form: ExpertForm = PLAIN
-    ) -> LayerCompute:
-        return TorchLayer(self.pool, hidden, topk_weights, work, form)
+    def begin(self, layer: int, routed: Routed, in_place: Sequence[ExpertKey]) -> LayerCompute:
+        return TorchLayer(self.pool, routed)

@@ -70,12 +70,16 @@ class CudaDriver:
         """Page-lock exactly `n_bytes` at `address`; returns the address by which the GPU reads them."""
         self._call("cuMemHostRegister_v2", address, n_bytes, PORTABLE_AND_MAPPED)
         mapped = c_uint64()
-        self._call("cuMemHostGetDevicePointer_v2", byref(mapped), address, 0)
+        try:
+            self._call("cuMemHostGetDevicePointer_v2", byref(mapped), address, 0)
+        except TransferError:
+            self.unpin(address)
+            raise
         return mapped.value
 
     def unpin(self, address: int) -> None:
         """Undo `pin`."""
-        self._call("cuMemHostUnregister", address)
+        self._undo("cuMemHostUnregister", address)
 
     def new_stream(self) -> int:
         """A stream for copies beside the compute stream."""
@@ -83,7 +87,7 @@ class CudaDriver:
 
     def destroy_stream(self, stream: int) -> None:
         """Once its work is done."""
-        self._call("cuStreamDestroy_v2", stream)
+        self._undo("cuStreamDestroy_v2", stream)
 
     def new_event(self) -> int:
         """An event; nobody waits for it before it has been recorded."""
@@ -95,12 +99,16 @@ class CudaDriver:
 
     def destroy_event(self, event: int) -> None:
         """Once nobody waits for it any more."""
-        self._call("cuEventDestroy_v2", event)
+        self._undo("cuEventDestroy_v2", event)
 
     def _new(self, function: str, flags: int) -> int:
         handle = c_void_p()
         self._call(function, byref(handle), flags)
         return handle.value or 0
+
+    def _undo(self, function: str, handle: int) -> None:
+        """After a kernel's fault each call reports that fault again: taking down must go on, and must not hide where it came from."""
+        getattr(self._library, function)(handle)
 
     def _call(self, function: str, *arguments: object) -> None:
         code = getattr(self._library, function)(*arguments)

@@ -35,14 +35,18 @@ class PinnedSource(HostSource):
             raise ConfigError(f"tier.n_threads is {n_threads}; on a GPU fewer than {MOST_STREAMS} are right")
         super().__init__(path, offset_of, row_bytes)
         self.driver = driver
+        self._streams: list[int] = []
         try:
             self._mapped = driver.pin(self.memory.address, self.memory.n_bytes)
         except TransferError as error:
             super().close()
-            raise CapacityError(
-                f"{path}: {self.memory.n_bytes / 1e9:.2f} GB of RAM cannot be pinned (ulimit -l?): {error}"
-            ) from error
-        self._streams = [driver.new_stream() for _ in range(n_threads + 1)]  # the waiting thread may move chunks too
+            raise CapacityError(f"{path}: {self.memory.n_bytes / 1e9:.2f} GB of RAM cannot be pinned: {error}") from error
+        try:
+            for _ in range(n_threads + 1):  # the waiting thread may move chunks too
+                self._streams.append(driver.new_stream())
+        except TransferError:
+            self._let_go()
+            raise
         self._handles = (ctypes.c_void_p * len(self._streams))(*self._streams)
         functions = ("cuCtxSetCurrent", "cuStreamWaitEvent", "cuMemcpyHtoDAsync_v2", "cuStreamSynchronize")
         self.reader = library().copy_to_gpu
@@ -65,9 +69,13 @@ class PinnedSource(HostSource):
     def close(self) -> None:
         if self.memory.n_bytes:
             self.context.host.n_bytes = 0  # a late read fails
-            for stream in self._streams:
-                self.driver.destroy_stream(stream)
-            self.driver.unpin(self.memory.address)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Memory that is freed while it is locked would stay locked."""
+        for stream in self._streams:
+            self.driver.destroy_stream(stream)
+        self.driver.unpin(self.memory.address)
         super().close()
 
 
@@ -80,7 +88,13 @@ class SlotFences:
 
     def __init__(self, driver: CudaDriver, n_slots: int, compute_stream: Callable[[], int]):
         self._driver, self._compute_stream = driver, compute_stream
-        self._events = [driver.new_event() for _ in range(n_slots)]
+        self._events: list[int] = []
+        try:
+            for _ in range(n_slots):
+                self._events.append(driver.new_event())
+        except TransferError:
+            self.close()
+            raise
 
     def raise_at(self, slot: int) -> None:
         """Everything enqueued so far may read `slot`: hold back the next copy into it until that is done."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
-from experiments.backend import refuse_gpu
+from experiments.arm import check_slots
+from experiments.backend import memory_budget, refuse_gpu
 from experiments.config import register, validate
-from prefetch.device import compute_device
-from prefetch.errors import ConfigError
+from prefetch.device import compute_device, limit_memory, settle
+from prefetch.errors import CapacityError, ConfigError
+from prefetch.geometry import ExpertGeometry, MoEGeometry
 from tests.predictors.synthetic_run import CONF
 
 
@@ -62,3 +67,55 @@ def test_programs_of_the_cpu_say_so() -> None:
         pytest.raises(ConfigError, match="experiments.x computes on the CPU"),
     ):
         refuse_gpu(compose("decode", overrides=["backend=cuda"]).backend, "experiments.x")
+
+
+@pytest.fixture
+def small_gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, int]]:
+    """PyTorch as it answers where device 1, with 16 GB, is current; returns the limits that are set: (fraction, device)."""
+    limits: list[tuple[float, int]] = []
+
+    def set_fraction(fraction: float, device: object) -> None:
+        limits.append((fraction, torch.cuda._utils._get_device_index(device)))  # as PyTorch's does: no device without an index
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=16 * 10**9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a small GPU")
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", set_fraction)
+    return limits
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 1), ("cuda:0", 0)])
+def test_memory_is_limited_on_the_device_that_is_meant(device: str, index: int, small_gpu: list[tuple[float, int]]) -> None:
+    limit_memory(torch.device(device), 4 * 10**9)
+    assert small_gpu == [(0.25, index)]
+
+
+@pytest.mark.usefixtures("small_gpu")
+def test_a_budget_is_what_was_asked_for_or_all_there_is() -> None:
+    gpu = torch.device("cuda", 1)
+    assert memory_budget(OmegaConf.create({"memory": "12GB"}), gpu) == 12 * 10**9
+    assert memory_budget(OmegaConf.create({"memory": None}), gpu) == 16 * 10**9
+    assert memory_budget(OmegaConf.create({"memory": None}), torch.device("cpu")) is None
+    with pytest.raises(CapacityError, match=r"backend.memory=24GB, but a small GPU has 16.0 GB"):
+        memory_budget(OmegaConf.create({"memory": "24GB"}), gpu)
+
+
+def test_an_arm_that_cannot_fit_is_named_before_anything_runs() -> None:
+    size = MoEGeometry(4, 16, 2, ExpertGeometry(64, 32, torch.bfloat16))
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        arms = {
+            "slru": compose("decode", overrides=["cache.slots=0.5"]),
+            "all": compose("decode", overrides=["cache=resident"]),
+        }
+    check_slots(arms, size, None)
+    check_slots(arms, size, size.total_bytes)
+    with pytest.raises(CapacityError, match=r"arm all: its slots take .* leave the arm out \(arms.all=null\)"):
+        check_slots(arms, size, size.total_bytes - 1)
+
+
+def test_settling_hides_no_other_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    settle(torch.device("cuda", 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ PROMPT, NEW_TOKENS, CAPACITY = PROMPTS[:1], 8, 6
 
 @contextmanager
 def device_driven(
-    folder: Path, pack_dir: Path, predictor: Predictor, *, capacity: int = CAPACITY, protected: int = 0
+    folder: Path, pack_dir: Path, predictor: Predictor, *, capacity: int = CAPACITY, protected: int = 0, **knobs: Any
 ) -> Iterator[tuple[PreTrainedModel, DeviceRuntime]]:
     """The model of `folder` in fp32, all of whose experts lie in "pinned" memory behind a few slots."""
     store = ExpertStore.open(folder, torch.float32, pack_dir, progress=False)
@@ -51,7 +52,7 @@ def device_driven(
     pages = allocate_pages(cache.n_slots * size.expert.row_bytes, "a test")
     slots = torch.frombuffer(pages, dtype=torch.uint8).view(cache.n_slots, -1).fill_(0xFF)
     backing = ExpertTable(size.expert, (host_rows,), addresses_of(host_rows).view(size.n_layers, size.n_experts))
-    runtime = DeviceRuntime(size, slots, backing, cache, predictor)
+    runtime = DeviceRuntime(size, slots, backing, cache, predictor, **knobs)
     model = load_offloaded(folder, torch.float32)
     with attach(model, runtime):
         yield model, runtime
@@ -94,6 +95,35 @@ def test_hits_are_those_of_the_hosts_cache(policy: CachePolicy, tiny_qwen3: Path
         decode(model, PROMPT, 3 * NEW_TOKENS)
         hits = runtime.counts()["hits"]
     assert hits == replay_hits(policy, events).hits > 0
+
+
+@pytest.mark.parametrize("lookahead", [1, 2])
+def test_one_call_prefetches_no_more_than_a_demand_load_may_wait_for(lookahead: int, tiny_qwen3: Path, pack_dir: Path) -> None:
+    copied: list[int] = []
+    expected_tokens, _ = decode(plain(tiny_qwen3), PROMPT, NEW_TOKENS)
+    with device_driven(tiny_qwen3, pack_dir, GateReuse(lookahead=lookahead), prefetch_bytes=1) as (model, runtime):
+        planned_call = runtime.planned_call
+
+        def noted(layer: int, hidden: Tensor, ids: Tensor, weights: Tensor, guesses: Tensor | None) -> Tensor:
+            out = planned_call(layer, hidden, ids, weights, guesses)
+            if runtime.prefetched is not None:
+                _, first, last = runtime.prefetched.copy_bounds.tolist()
+                copied.append(last - first)
+            return out
+
+        runtime.planned_call = noted  # type: ignore[method-assign]
+        tokens, _ = decode(model, PROMPT, NEW_TOKENS)
+        counts = runtime.counts()
+    assert torch.equal(tokens, expected_tokens)
+    assert set(copied) == {0, 1} and counts["prefetches"] == sum(copied)
+
+
+def test_what_is_prefetched_is_the_nearest_and_likeliest_that_is_not_on_board(tiny_qwen3: Path, pack_dir: Path) -> None:
+    with device_driven(tiny_qwen3, pack_dir, NoPredictor()) as (_, runtime):
+        runtime.most_prefetches = 2
+        runtime.cache.slot_of[0, 3] = 1
+        guesses = torch.tensor([[3, -1, 7], [3, 5, 4]])  # for layers 0 and 1, the last being layer 2
+        assert runtime._most_urgent(2, guesses).tolist() == [[-1, -1, 7], [3, -1, -1]]
 
 
 def test_an_expert_that_was_not_there_is_noticed(tiny_qwen3: Path, pack_dir: Path) -> None:

@@ -5,20 +5,24 @@ All else is what runs on a GPU: worker threads, pinned memory, fences, tables, l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from predictors.base import LayerView, Prediction
 from predictors.gate_reuse import GateReuse
 from prefetch.accounting import violations
 from prefetch.cache.none import NoCache
 from prefetch.cache.resident import Resident
 from prefetch.compute.kernel_experts import KernelExperts
-from prefetch.errors import TransferError
+from prefetch.errors import GatecastError, TransferError
 from prefetch.planner.cpu_fallback import CpuFallback
 from prefetch.planner.top_m import TopM
+from prefetch.runtime import OffloadRuntime
 from tests.prefetch.offloaded import PROMPTS, Setting, decode, offloaded, plain
 from tests.prefetch.transfers.stand_in_driver import StandInDriver
 
@@ -98,9 +102,21 @@ def test_every_released_slot_is_fenced(tiny_qwen3: Path, pack_dir: Path, driver:
 
 def test_a_failed_copy_surfaces_at_its_layer(tiny_qwen3: Path, pack_dir: Path, driver: StandInDriver) -> None:
     driver.fail_copy(5)
-    with offloaded(tiny_qwen3, pack_dir, Setting(driver=driver)) as (model, _):
+    spans: list[str] = []
+
+    @contextmanager
+    def span(name: str) -> Iterator[None]:
+        spans.append(name)
+        try:
+            yield
+        finally:
+            spans.remove(name)
+
+    with offloaded(tiny_qwen3, pack_dir, Setting(driver=driver)) as (model, runtime):
+        runtime.compute.span = span  # type: ignore[method-assign]
         with pytest.raises(TransferError, match=r"expert \d+ of MoE layer \d+ could not be loaded.*illegal memory access"):
             decode(model, PROMPT, NEW_TOKENS)
+    assert spans == []
 
 
 def test_an_expert_that_was_not_there_is_noticed(tiny_qwen3: Path, pack_dir: Path, driver: StandInDriver) -> None:
@@ -111,3 +127,98 @@ def test_an_expert_that_was_not_there_is_noticed(tiny_qwen3: Path, pack_dir: Pat
         with pytest.raises(TransferError, match="in no slot"):
             compute.check()
         compute.missed.zero_()
+
+
+def watched(runtime: OffloadRuntime) -> list[str]:
+    """What the runtime asks of the device, in order: `fetch` waits, `send` is one upload, `begin` begins a layer call."""
+    compute, asked = runtime.compute, []
+    assert isinstance(compute, KernelExperts)
+
+    def note(name: str, owner: Any) -> None:
+        call = getattr(owner, name)
+        setattr(owner, name, lambda *arguments: (asked.append(name), call(*arguments))[1])
+
+    note("fetch", compute.exchange)
+    note("send", compute.exchange)
+    note("begin", compute)
+    note("predict", runtime.predictor)
+    return asked
+
+
+def test_the_host_waits_once_a_layer_and_predictors_are_asked_before(
+    tiny_qwen3: Path, pack_dir: Path, driver: StandInDriver
+) -> None:
+    with offloaded(tiny_qwen3, pack_dir, Setting(predictor=GateReuse(), driver=driver)) as (model, runtime):
+        asked = watched(runtime)
+        decode(model, PROMPT, NEW_TOKENS)
+    waits = [name for name in asked if name in ("predict", "fetch")]
+    assert waits == ["predict", "fetch"] * (3 * NEW_TOKENS)
+
+
+def test_hits_are_one_upload_and_all_that_is_awaited_another(tiny_qwen3: Path, pack_dir: Path, driver: StandInDriver) -> None:
+    with offloaded(tiny_qwen3, pack_dir, Setting(driver=driver)) as (model, runtime):
+        asked = watched(runtime)
+        decode(model, PROMPT, NEW_TOKENS)
+        runtime.finish()
+        calls = runtime.recorder.record(runtime.tier.records).calls
+    decoded = calls[calls["phase"] == "decode"]
+    n_uploads = (decoded["hits"] > 0).sum() + (decoded["misses"] > 0).sum()
+    assert decoded["misses"].max() > 1
+    first_decoded = [place for place, name in enumerate(asked) if name == "begin"][-len(decoded)]
+    assert asked[first_decoded:].count("send") == n_uploads
+
+
+@pytest.mark.parametrize("zero_copy", [False, True])
+def test_experts_in_place_are_one_part_and_the_host_waits_before_the_hits(
+    zero_copy: bool, tiny_qwen3: Path, pack_dir: Path, driver: StandInDriver
+) -> None:
+    setting = Setting(predictor=GateReuse(), planner=CpuFallback(TopM(), link_experts=0), driver=driver, zero_copy=zero_copy)
+    with offloaded(tiny_qwen3, pack_dir, setting) as (model, runtime):
+        asked = watched(runtime)
+        decode(model, PROMPT, NEW_TOKENS)
+        runtime.finish()
+        calls = runtime.recorder.record(runtime.tier.records).calls
+    n_on_cpu = 0 if zero_copy else int((calls["in_place"] > 0).sum())
+    assert calls["in_place"].max() > 1 and asked.count("fetch") == len(calls) + n_on_cpu
+    assert asked.count("send") <= int((calls["hits"] > 0).sum() + (calls["late"] > 0).sum() + (calls["misses"] > 0).sum())
+    assert not any(pair == ("send", "fetch") and n_on_cpu for pair in _within_calls(asked))
+
+
+def _within_calls(asked: list[str]) -> Iterator[tuple[str, str]]:
+    """Neighbours in `asked` of which the later belongs to the layer call of the earlier: `predict` comes first in a call."""
+    for earlier, later in zip(asked, asked[1:], strict=False):
+        if later != "predict":
+            yield earlier, later
+
+
+class Wrong(GateReuse):
+    """Fails at the second layer, one way or another."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how = how
+
+    def predict(self, seen: LayerView) -> list[Prediction]:
+        if seen.layer == 0:
+            return super().predict(seen)
+        if self.how == "user":
+            raise GatecastError("the user's mistake")
+        if self.how == "raises":
+            raise ZeroDivisionError
+        return [Prediction(0, torch.full((1, 8), torch.nan) if self.how == "nan" else torch.zeros(3, 3))]
+
+
+@pytest.mark.parametrize("how", ["raises", "nan", "shape"])
+def test_a_predictor_that_fails_on_the_device_is_switched_off(
+    how: str, tiny_qwen3: Path, pack_dir: Path, driver: StandInDriver, resident_logits: torch.Tensor
+) -> None:
+    with offloaded(tiny_qwen3, pack_dir, Setting(predictor=Wrong(how), driver=driver)) as (model, runtime):
+        _, logits = decode(model, PROMPT, NEW_TOKENS)
+        assert type(runtime.predictor).__name__ == "NoPredictor"
+    assert torch.equal(logits, resident_logits)
+
+
+def test_a_users_mistake_in_a_predictor_ends_the_run(tiny_qwen3: Path, pack_dir: Path, driver: StandInDriver) -> None:
+    with offloaded(tiny_qwen3, pack_dir, Setting(predictor=Wrong("user"), driver=driver)) as (model, _):
+        with pytest.raises(GatecastError, match="the user's mistake"):
+            decode(model, PROMPT, NEW_TOKENS)

@@ -40,7 +40,8 @@ static size_t pinned_bytes;
 
 /* What the test reads and sets. */
 int64_t clock_of_compute, n_streams, n_pinned, n_live_events, n_copied, n_waits;
-int64_t fail_copy_at = -1;
+int64_t fail_copy_at = -1, fail_stream_at = -1;
+int32_t is_dead; /* a kernel has faulted: each call that takes down says so again, though it does its work */
 int32_t compute_is_busy;
 
 void make_current(void) { current = CONTEXT; }
@@ -69,7 +70,7 @@ int32_t cuMemHostUnregister(void *address) {
         return INVALID_VALUE;
     pinned = NULL;
     n_pinned = 0;
-    return OK;
+    return is_dead ? ILLEGAL_ADDRESS : OK;
 }
 
 int32_t cuMemHostGetDevicePointer_v2(uint64_t *mapped, void *address, uint32_t flags) {
@@ -78,12 +79,17 @@ int32_t cuMemHostGetDevicePointer_v2(uint64_t *mapped, void *address, uint32_t f
 
 int32_t cuStreamCreate(void **handle, uint32_t flags) {
     static stream pool[64];
+    if (fail_stream_at-- == 0)
+        return INVALID_VALUE;
     stream *s = &pool[n_streams++];
     memset(s, 0, sizeof *s);
     return *handle = s, flags == 1 ? OK : INVALID_VALUE;
 }
 
-int32_t cuStreamDestroy_v2(void *handle) { return n_streams--, ((stream *)handle)->n_copies ? INVALID_VALUE : OK; }
+int32_t cuStreamDestroy_v2(void *handle) {
+    n_streams--;
+    return is_dead ? ILLEGAL_ADDRESS : ((stream *)handle)->n_copies ? INVALID_VALUE : OK;
+}
 
 int32_t cuEventCreate(void **handle, uint32_t flags) {
     static event pool[MOST];
@@ -97,7 +103,7 @@ int32_t cuEventCreate(void **handle, uint32_t flags) {
 int32_t cuEventDestroy_v2(void *handle) {
     if (--n_live_events == 0)
         n_events = 0;
-    return handle ? OK : INVALID_VALUE;
+    return is_dead ? ILLEGAL_ADDRESS : handle ? OK : INVALID_VALUE;
 }
 
 int32_t cuEventRecord(void *handle, void *compute_stream) {

@@ -30,6 +30,14 @@ class StandInDriver(CudaDriver):
         """Let the copy after `number` further ones fail."""
         ctypes.c_int64.in_dll(self.stand_in, "fail_copy_at").value = number
 
+    def fail_stream(self, number: int) -> None:
+        """Let the stream after `number` further ones not be made."""
+        ctypes.c_int64.in_dll(self.stand_in, "fail_stream_at").value = number
+
+    def die(self) -> None:
+        """From now on the calls that take down report a kernel's fault."""
+        ctypes.c_int32.in_dll(self.stand_in, "is_dead").value = True
+
     def keep_computing(self, busy: bool) -> None:
         """Whether work on the compute stream stays unfinished; when it no longer does, all of it is done."""
         ctypes.c_int32.in_dll(self.stand_in, "compute_is_busy").value = busy

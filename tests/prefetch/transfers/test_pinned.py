@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,22 @@ def test_what_cannot_be_set_up_is_refused(gpu: Gpu, tmp_path: Path) -> None:
         PinnedSource(*place, gpu.driver, 64)
     with pytest.raises(ConfigError, match=r"backend=cuda needs the CUDA driver, and no-such-driver\.so"):
         CudaDriver("no-such-driver.so")
+
+
+def test_taking_down_hides_no_error_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="the kernel's own fault"), closing(Gpu(tmp_path)) as gpu:
+        gpu.driver.die()
+        raise RuntimeError("the kernel's own fault")
+    for counter in ("n_pinned", "n_streams", "n_live_events"):
+        assert gpu.driver.read(counter) == 0
+
+
+def test_memory_is_unpinned_where_the_rest_cannot_be_set_up(tmp_path: Path) -> None:
+    path = tmp_path / "experts.pack"
+    path.write_bytes(row_of(KEYS[0], ROW_BYTES))
+    (tmp_path / "libraries").mkdir()
+    driver = StandInDriver(tmp_path / "libraries")
+    driver.fail_stream(1)
+    with pytest.raises(TransferError, match="cuStreamCreate failed"):
+        PinnedSource(path, lambda key: 0, ROW_BYTES, driver, N_THREADS)
+    assert driver.read("n_pinned") == driver.read("n_streams") == 0
