@@ -75,9 +75,13 @@ class ExpertForm:
         return self.activation, self.gate_up_bias, self.down_bias
 
     @property
+    def has_biases(self) -> bool:
+        return self.gate_up_bias is not None
+
+    @property
     def is_plain(self) -> bool:
         """SwiGLU without biases, which `kernels.expert_mlp` computes."""
-        return self.activation == SWIGLU and self.gate_up_bias is None
+        return self.activation == SWIGLU and not self.has_biases
 
     def _bias(self, biases: Tensor | None, expert: int, x: Tensor) -> Tensor | None:
         return None if biases is None else biases[expert].to(x)

@@ -63,19 +63,19 @@ class PartKernels:
         self._decoding: dict[tuple, DecodeKernels] = {}
 
     def begin(self, x: Tensor, ids: Tensor, weights: Tensor, form: ExpertForm = PLAIN) -> MoEParts:
-        """A call begins; arguments are `MoECall`'s, and the form of its layer's experts.
+        """A call begins; arguments are `MoECall`'s, and the form of the layer's experts, on their device.
 
         Raises:
             KernelInputError: they do not fit.
         """
-        kind = x.shape, x.dtype, x.device, ids.shape, ids.dtype, weights.dtype, id(form)
+        kind = x.shape, x.dtype, x.device, ids.shape, ids.dtype, weights.dtype, form.activation, form.has_biases
         known = self._decoding.get(kind)
         if known is None or not (_can_be_read(x) and ids.is_contiguous() and weights.is_contiguous()):
             call = MoECall(x, ids, weights, self.table, 0, *form.parts)
             if choose_path(call.n_tokens, self.table.n_experts, call.top_k) == "grouped":
                 return GroupedParts(call, self.missed)
-            known = self._decoding[kind] = DecodeKernels(call, form, self.missed)
-        return DecodedParts(known, x, ids, weights)
+            known = self._decoding[kind] = DecodeKernels(call, self.missed)
+        return DecodedParts(known, x, ids, weights, form)
 
 
 class MoEParts(ABC):
@@ -120,19 +120,19 @@ class GroupedParts(MoEParts):
 
 
 class DecodeKernels:
-    """The launches of calls with the same few tokens and one layer's form of experts, checked.
+    """The launches of calls with the same few tokens, checked.
 
     Args:
         call: one of them.
         missed: as for `PartKernels`.
     """
 
-    def __init__(self, call: MoECall, form: ExpertForm, missed: Tensor):
-        self.table, self.form, self.missed = call.table, form, missed
+    def __init__(self, call: MoECall, missed: Tensor):
+        self.table, self.missed = call.table, missed
         self.inner, self.n_pairs = call.table.geometry.intermediate, call.n_pairs
         self.rows_are_aligned = call.x.shape[1] * call.x.element_size() % ALIGNMENT_BYTES == 0
         one = call.ids.new_zeros(1, 1, dtype=torch.int64)  # a pair is a token with one expert
-        pair = MoECall(call.x[:1], one, torch.ones_like(one, dtype=torch.float32), call.table, 0, *form.parts)
+        pair = replace(call, x=call.x[:1], ids=one, weights=torch.ones_like(one, dtype=torch.float32))
         launches_of = quantised_launches if isinstance(call.table, QuantisedTable) else decode_launches
         gate_up, down = launches_of(pair, torch.empty_like(pair.x), missed)
         x_of_pair = {"top_k": MANY} if call.n_tokens == 1 else {}
@@ -145,8 +145,10 @@ class DecodeKernels:
 class DecodedParts(MoEParts):
     """For few tokens: two launches over a part's pairs."""
 
-    def __init__(self, kernels: DecodeKernels, x: Tensor, ids: Tensor, weights: Tensor):
+    def __init__(self, kernels: DecodeKernels, x: Tensor, ids: Tensor, weights: Tensor, form: ExpertForm):
         self.kernels, self.x, self.ids, self.weights = kernels, x, ids, weights
+        _, *biases = form.parts
+        self.gate_up_bias, self.down_bias = ({} if bias is None else {"bias_ptr": bias} for bias in biases)
         self.rows = x.new_empty(kernels.n_pairs, x.shape[1])
         self.y = x.new_empty(kernels.n_pairs, kernels.inner)  # of one part after the other
 
@@ -155,8 +157,8 @@ class DecodedParts(MoEParts):
         x = self.x if len(self.x) == 1 else self.x.index_select(0, part.tokens[:n_pairs])
         out = self.x.new_empty(n_pairs, x.shape[1]) if first is None else self.rows[first : first + n_pairs]
         where = {"entries_ptr": part.table, "ids_ptr": part.ids, "y_ptr": self.y}
-        self.kernels.gate_up.run(n_pairs, {**where, "x_ptr": x})
-        self.kernels.down.run(n_pairs, {**where, "out_ptr": out})
+        self.kernels.gate_up.run(n_pairs, {**where, **self.gate_up_bias, "x_ptr": x})
+        self.kernels.down.run(n_pairs, {**where, **self.down_bias, "out_ptr": out})
         if first is None:
             self.rows.index_copy_(0, part.pairs[:n_pairs], out)
 

@@ -25,7 +25,7 @@ class Routed(NamedTuple):
     weights: Tensor  # [T, k]
     weights_on_host: Tensor  # [T, k]
     work: Dispatch  # the ids on the host, by expert
-    form: ExpertForm = PLAIN  # of the layer's experts
+    form: ExpertForm = PLAIN  # of the layer's experts, on the device that computes
 
 
 class LayerCompute(ABC):
