@@ -95,7 +95,7 @@ def _device() -> Row:
 
 
 def _conclude(findings: Findings) -> None:
-    found = findings.found
+    found = findings.judged()
     print("\n\n".join(device_tables(found)), flush=True)
     console.print(f"results: {findings.path}", markup=False)
     faults = wrong(found)

@@ -151,15 +151,16 @@ class DeviceArm(Arm):
             torch.from_numpy(scene.guesses[kind.name][:, :, :n_guesses]).to(slots.device) if kind.prefetches else None
         )
         self.guesses = self.guessed[0].clone() if self.guessed is not None else None
-        self.replay = scene.machine.captured(self.step)
+        self.replay = scene.machine.captured(self._step)
 
-    def step(self) -> None:
-        def experts(layer: int, hidden: Tensor, weights: Tensor) -> Tensor:
-            following = layer + 1
-            guesses = self.guesses[following][None] if self.guesses is not None and following < len(self.ids) else None
-            return self.runtime.planned_call(layer, hidden, self.ids[layer][None], weights, guesses)
+    def experts(self, layer: int, hidden: Tensor, weights: Tensor) -> Tensor:
+        """One layer's routed experts."""
+        following = layer + 1
+        guesses = self.guesses[following][None] if self.guesses is not None and following < len(self.ids) else None
+        return self.runtime.planned_call(layer, hidden, self.ids[layer][None], weights, guesses)
 
-        self.out = self.scene.model.step(experts)
+    def _step(self) -> None:
+        self.out = self.scene.model.step(self.experts)
         self.runtime.end_forward()
 
     def restart(self) -> None:
@@ -272,12 +273,14 @@ class ResidentArm(Arm):
         self.table = expert_table(geometry.expert, (pool,), slot_of)
         self.routing = torch.from_numpy(scene.routing).to(device)
         self.ids, self.n_decoded = self.routing[0].clone(), 0
-        self.replay = scene.machine.captured(self.step)
+        self.replay = scene.machine.captured(self._step)
 
-    def step(self) -> None:
-        self.out = self.scene.model.step(
-            lambda layer, hidden, weights: moe_mlp(MoECall(hidden, self.ids[layer][None], weights, self.table, layer))
-        )
+    def experts(self, layer: int, hidden: Tensor, weights: Tensor) -> Tensor:
+        """One layer's routed experts."""
+        return moe_mlp(MoECall(hidden, self.ids[layer][None], weights, self.table, layer))
+
+    def _step(self) -> None:
+        self.out = self.scene.model.step(self.experts)
 
     def restart(self) -> None:
         self.n_decoded = 0

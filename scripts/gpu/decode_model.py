@@ -95,15 +95,21 @@ class DecodeModel:
         for layer, mixer in enumerate(self.layers):
             x = x + mixer(self._norm(x))
             hidden = self._norm(x)
-            routed = route_and_predict(
-                RouterCall(hidden, self.routers[layer], self.routing, self.shape.moe.top_k), arrivals=self.arrivals
-            )
-            x = x + experts(layer, hidden, routed.topk_weights)
+            x = x + experts(layer, hidden, self._routing_weights(layer, hidden))
             if self.shared:
                 gate_up, down = self.shared[layer]
                 gate, up = linear(hidden, gate_up).chunk(2, dim=1)
                 x = x + linear(silu(gate) * up, down)
         return linear(self._norm(x), self.vocabulary)
+
+    def rehearse(self, experts: ExpertPart) -> None:
+        """The launches of a step without its dense work."""
+        for layer in range(len(self.layers)):
+            experts(layer, self.x, self._routing_weights(layer, self.x))
+
+    def _routing_weights(self, layer: int, hidden: Tensor) -> Tensor:
+        call = RouterCall(hidden, self.routers[layer], self.routing, self.shape.moe.top_k)
+        return route_and_predict(call, arrivals=self.arrivals).topk_weights
 
     def _norm(self, x: Tensor) -> Tensor:
         return rms_norm(x, x.shape[-1:])

@@ -55,8 +55,12 @@ class Findings:
         self.found["skipped"][section] = reason
         self.write()
 
+    def judged(self) -> Found:
+        """Everything, with what it says of the targets."""
+        return judge(self.found)
+
     def write(self) -> None:
-        write_json(self.path, judge(self.found))
+        write_json(self.path, self.judged())
 
 
 def read(path: Path) -> Found:

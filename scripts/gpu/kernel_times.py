@@ -37,6 +37,11 @@ class KernelTime:
     tolerance: float = MAX_ERROR
 
     @property
+    def right(self) -> bool | None:
+        """Whether what is timed is right; None where there is nothing to compare."""
+        return None if self.error is None else self.error <= self.tolerance
+
+    @property
     def share_of_roof(self) -> float | None:
         """The roof's time over this one's: 1 = as fast as reading the weights."""
         return None if self.timing is None or self.roof_us is None else self.roof_us / self.timing.us

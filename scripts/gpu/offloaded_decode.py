@@ -85,9 +85,9 @@ def rehearse_decode(setting: Setting) -> None:
     """Launch what `decode_speeds` launches, on tensors without memory."""
     scene = Scene.make(Machine(torch.device("meta")), setting)
     n_slots = scene.n_slots()
-    ResidentArm(scene).step()
-    for arm in _device_arms(scene, min(n_slots, MOST_DEVICE_SLOTS), 0):
-        arm.step()
+    arms: list[ResidentArm | DeviceArm] = [ResidentArm(scene), *_device_arms(scene, min(n_slots, MOST_DEVICE_SLOTS), 0)]
+    for arm in arms:
+        scene.model.rehearse(arm.experts)
     moe, geometry, device = setting.shape.moe, setting.geometry, scene.machine.device
     slots = torch.empty(n_slots, geometry.expert.row_bytes, dtype=torch.uint8, device=device)
     entries = torch.empty(moe.n_layers, moe.n_experts, dtype=torch.int64, device=device)

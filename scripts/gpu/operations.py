@@ -115,7 +115,7 @@ def _predict_mlp(shape: MoEShape, n_tokens: int, dtype: torch.dtype, device: str
     ids, weights = random.routing(n_tokens, shape)
     call = MlpCall(head, random.normal(n_tokens, shape.hidden), ids, weights)
     out, arrivals = call.new_result(shape.top_k), torch.zeros(n_tokens, dtype=torch.int32, device=device)
-    selected = head.routing[:, :1].expand(-1, ids.numel(), -1) if ids.is_meta else head.routing[:, ids.flatten().long()]
+    selected = head.routing.index_select(1, distinct(ids))
     return Case(
         lambda: predict_mlp(call, out, arrivals).logits,
         lambda: predict_mlp_reference(call, shape.top_k, torch.float64).logits,

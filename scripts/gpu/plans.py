@@ -23,7 +23,9 @@ from scripts.gpu.providers import generator
 from scripts.gpu.shapes import MoEShape
 
 MOST_SLOTS = 1228  # 12 GB of Qwen3-30B-A3B's experts in bf16
+SLOTS_STEP = 64
 MOST_PAIRS = 64  # the planner is sequential, and meant for decode
+TIMED_TOKENS = (1, 8)
 N_STEPS = 8  # of decoding, that are timed
 STATISTICS = RoutingStatistics()
 RECALL = 0.734  # of the predictions: gate reuse's on the bundled model
@@ -52,8 +54,8 @@ def plan_case(shape: MoEShape, n_tokens: int, dtype: torch.dtype, device: str, s
 
 def plan_times(shape: MoEShape, n_tokens: int) -> Iterator[KernelTime]:
     """Microseconds of a plan with and without predictions."""
-    if n_tokens * shape.top_k > MOST_PAIRS:
-        reason = f"{n_tokens * shape.top_k} pairs: the planner is meant for decode, at most {MOST_PAIRS} here"
+    if n_tokens not in TIMED_TOKENS:
+        reason = f"the planner is meant for decode, and timed with {' and '.join(map(str, TIMED_TOKENS))} tokens"
         yield KernelTime(shape.name, n_tokens, "ours", None, 0, None, reason, "cache_plan")
         return
     ids, guesses = _routing(shape, n_tokens)
@@ -71,7 +73,7 @@ def planner_calls(shape: MoEShape, ids: Ids, guesses: Ids | None, capacity: int,
         guesses: [n, L, M], for each layer what was guessed of it, one layer before.
     """
     staging = 0 if guesses is None else 2 * shape.top_k
-    cache = _cache(shape, capacity, staging, MOST_PAIRS, device)
+    cache = _cache(shape, capacity, staging, ids[0, 0].size, device)
     on_device = torch.from_numpy(ids).to(device)
     ahead = None if guesses is None else torch.from_numpy(guesses).to(device)
 
@@ -86,7 +88,7 @@ def planner_calls(shape: MoEShape, ids: Ids, guesses: Ids | None, capacity: int,
 
 def rehearse_plan_times(shape: MoEShape, n_tokens: int) -> None:
     """Launch what `plan_times` launches, on tensors without memory."""
-    if n_tokens * shape.top_k > MOST_PAIRS:
+    if n_tokens not in TIMED_TOKENS:
         return
     ids, guesses = _routing(shape, n_tokens)
     for predicted in (None, guesses[:1]):  # every step launches the same programs
@@ -103,9 +105,9 @@ def _routing(shape: MoEShape, n_tokens: int) -> tuple[Ids, Ids]:
 
 
 def _capacity(ids: Ids) -> int:
-    """Three quarters of what the steps need, so that every replay misses anew."""
+    """Three quarters of what the steps need, so that every replay misses anew; in steps that keep programs few."""
     n_needed = sum(len(np.unique(ids[:, layer])) for layer in range(ids.shape[1]))
-    return min(MOST_SLOTS, n_needed * 3 // 4)
+    return max(min(MOST_SLOTS, n_needed * 3 // 4) // SLOTS_STEP * SLOTS_STEP, SLOTS_STEP)
 
 
 def _cache(shape: MoEShape, capacity: int, staging: int, transient: int, device: str) -> DeviceCache:

@@ -10,7 +10,7 @@ import torch
 
 from kernels.quantised import QuantFormat
 from prefetch.transfers.cuda_driver import CudaDriver
-from scripts.gpu.bundled_tokens import device_driven_tokens, host_driven_tokens
+from scripts.gpu.bundled_tokens import device_driven_tokens, host_driven_tokens, rehearse_device_driven
 from scripts.gpu.compile_ahead import Rehearsal, compile_ahead, programs_of, target_of
 from scripts.gpu.correctness import SMALL, Verdict, rehearse_verdicts, verdicts
 from scripts.gpu.decode_model import DECODE_SHAPES, DecodeShape
@@ -57,7 +57,7 @@ def sections() -> list[Section]:
     later = [(s.name, n) for s in SHAPES for n in TOKENS if (s.name, n) not in FIRST]
     return [
         *_correctness(),
-        Section("tokens device-driven", device_driven_tokens, 60),
+        Section("tokens device-driven", device_driven_tokens, 60, rehearse_device_driven),
         Section("copy rate", copy_rate, 20),
         Section("transfers", _transfers, 60, _rehearse_transfers),
         *(_kernels(*case) for case in FIRST),
@@ -119,7 +119,7 @@ def _kernels(model: str, n_tokens: int) -> Section:
 
 
 def _row(time: KernelTime) -> Row:
-    return asdict(time) | {"share_of_roof": time.share_of_roof}
+    return asdict(time) | {"right": time.right, "share_of_roof": time.share_of_roof}
 
 
 def _transfers(end_s: float) -> Iterator[Row]:

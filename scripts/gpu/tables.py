@@ -19,6 +19,11 @@ def device_tables(found: Found) -> list[str]:
     checks = rows_of(found, "correctness ")
     if checks:
         parts.append(f"Correct against float64: {sum(row['passed'] for row in checks)} of {len(checks)} checks.")
+    for run in rows_of(found, "tokens device-driven"):
+        equal = (
+            f"{run['n_equal']} of {run['n_tokens']} as by transformers{'' if run['explained_by_rounding'] else ', UNEXPLAINED'}"
+        )
+        parts.append(f"Tokens of the bundled model, device-driven, predictor {run['predictor']}: {equal}.")
     if verdicts["peers"]:
         parts.append(peers_table(verdicts["peers"]))
     for name, section in found["sections"].items():

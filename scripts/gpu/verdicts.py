@@ -134,15 +134,21 @@ def wrong(found: Found) -> list[str]:
     sentences = []
     for row in rows_of(found, "correctness "):
         if row["ours"] and not row["passed"]:
-            said = row["problem"] or f"error {row['error']:.1e} > {row['tolerance']:.0e}"
-            sentences.append(f"{row['provider']}, {row['shape']}, T={row['n_tokens']}, {row['dtype']}: {said}")
+            where = f"{row['provider']}, {row['shape']}, T={row['n_tokens']}, {row['dtype']}"
+            sentences.append(f"{where}: {row['problem'] or _said(row)}")
     for time in rows_of(found, "kernels "):
-        if time["provider"].startswith("ours") and time["error"] is not None and not time["error"] <= time["tolerance"]:
+        if time["provider"].startswith("ours") and time["right"] is False:
             where = f"{time['operation']} by {time['provider']}, {time['shape']}, T={time['n_tokens']}"
-            sentences.append(f"{where}: error {time['error']:.1e} > {time['tolerance']:.0e} where it was timed")
+            sentences.append(f"{where}: {_said(time)} where it was timed")
     for run in rows_of(found, "tokens device-driven"):
         if not run["explained_by_rounding"]:
             sentences.append(
                 f"tokens of the bundled model, predictor {run['predictor']}: {run['n_equal']} of {run['n_tokens']}"
             )
     return sentences
+
+
+def _said(row: Row) -> str:
+    """Numbers that JSON lacks come back from it as None."""
+    error = "not a number" if row["error"] is None else f"{row['error']:.1e}"
+    return f"error {error} > {row['tolerance']:.0e}"

@@ -15,36 +15,42 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.launch import Launch, recorded_launches
 from predictors.gate_reuse import GateReuse
 from prefetch.errors import ResultsError
+from scripts import gpu_check
 from scripts.gpu.bundled_tokens import HOST_DRIVEN, device_driven, host_driven
-from scripts.gpu.correctness import SMALL, verdicts
+from scripts.gpu.correctness import SMALL, rehearse_verdicts, verdicts
 from scripts.gpu.decode_model import DECODE_SHAPES
 from scripts.gpu.findings import Findings
-from scripts.gpu.forked import Row
+from scripts.gpu.forked import Row, Work
 from scripts.gpu.kernel_times import sets_needed, too_much
-from scripts.gpu.operation_times import operation_verdicts
+from scripts.gpu.operation_times import operation_verdicts, rehearse_operation_verdicts
 from scripts.gpu.operations import operations, timed_operations
 from scripts.gpu.plans import planner_calls
 from scripts.gpu.providers import OURS, PROVIDERS, make_problem, reference
 from scripts.gpu.sections import FIRST, Section, sections
 from scripts.gpu.shapes import SHAPES, TOKENS, MoEShape
 from scripts.gpu.thread_transfers import thread_transfer_rates
-from scripts.gpu.variants import VARIANTS, variant_verdicts
+from scripts.gpu.variants import VARIANTS, rehearse_variants, variant_verdicts
 from scripts.gpu_check import run_sections
 from tests.kernels.interpreter_bf16 import repair
 from tests.prefetch.transfers.stand_in_driver import StandInDriver
+from tests.scripts.launched_programs import programs
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = MoEShape("tiny", hidden=128, n_experts=8, top_k=2, intermediate=64, n_layers=2)
 DEVICE = {"name": "A card", "provenance": {"git": None}}
 
 
-def test_all_peers_and_our_kernels_compute_the_same() -> None:
+def test_all_peers_and_our_kernels_compute_the_same(launched: list[Launch]) -> None:
     repair()
     found = list(verdicts("cpu", SMALL[2:], (1, 5)))
     assert {v.provider for v in found} == set(PROVIDERS) and {v.dtype for v in found} == {"float32", "float16", "bfloat16"}
     assert all(v.passed for v in found), [v for v in found if not v.passed]
+    with recorded_launches() as rehearsed:
+        rehearse_verdicts(SMALL[2:], (1, 5))
+    assert programs(launched) == programs(rehearsed)
 
 
 def test_a_wrong_or_failing_provider_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,11 +80,15 @@ def test_what_is_timed_is_compared_with_fp32() -> None:
     assert reference(p).dtype == torch.float32 and reference(p).shape == exact.shape
 
 
-def test_variants_of_real_models_are_right() -> None:
+def test_variants_of_real_models_are_right(launched: list[Launch], monkeypatch: pytest.MonkeyPatch) -> None:
     repair()
+    monkeypatch.setattr("scripts.gpu.variants.DTYPES", (torch.float32,))
     found = list(variant_verdicts("cpu", (torch.float32,)))
     assert {v.provider for v in found} == set(VARIANTS)
     assert all(v.passed for v in found), [v for v in found if not v.passed]
+    with recorded_launches() as rehearsed:
+        rehearse_variants()
+    assert programs(launched) == programs(rehearsed)
 
 
 def test_shapes_are_those_of_the_models() -> None:
@@ -131,6 +141,7 @@ def test_what_was_done_is_kept_when_a_section_dies_or_time_is_up(tmp_path: Path)
     to_do = [Section("first", one, 30), Section("second", dies, 30), Section("third", one, 30)]
     run_sections(to_do, Findings(out, DEVICE), "abc", end_s=50.0, clock=lambda: next(clock))
     found = json.loads(out.read_text())
+    assert found["verdicts"]["copy_bytes_per_s"] is None
     assert found["device"] == DEVICE and found["skipped"] == {"third": "out of time"}
     assert found["sections"]["first"] == {"rows": [{"n": 1}, {"n": 2}], "commit": "abc", "seconds": 1.0, "stopped": None}
     assert found["sections"]["second"] == {"rows": [{"n": 1}], "commit": "abc", "seconds": 1.0, "stopped": "ended by SIGKILL"}
@@ -155,13 +166,17 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
     assert done.returncode == 1 and done.stderr.startswith("error: no CUDA device") and not out.exists()
 
 
-def test_operations_beside_the_experts_are_right() -> None:
+def test_operations_beside_the_experts_are_right(launched: list[Launch]) -> None:
     repair()
     found = [verdict for name in operations() for verdict in operation_verdicts(name, "cpu", (TINY,), (1, 2))]
     assert {v.provider for v in found} == set(operations())
     assert all(v.passed for v in found), [v for v in found if not v.passed]
     exact = [v for v in found if v.provider in ("cache_plan", "gather_rows")]
     assert exact and all(v.error == v.tolerance == 0 for v in exact)
+    with recorded_launches() as rehearsed:
+        for name in operations():
+            rehearse_operation_verdicts(name, (TINY,), (1, 2))
+    assert programs(launched) == programs(rehearsed)
 
 
 def test_peers_of_operations_run_and_say_what_is_read() -> None:
@@ -203,3 +218,43 @@ def test_device_driven_tokens_are_those_of_transformers(tiny_qwen3: Path, tmp_pa
 def test_the_users_own_run_is_read_back_or_its_error_told(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="backend=cuda, but"):
         host_driven(HOST_DRIVEN, 120)
+
+
+FACTS = {
+    "name": "A card", "memory_bytes": 12e9, "multiprocessors": 1, "cuda": "13.0", "ptxas": "12.8", "capability": [9, 0],
+    "reported": {}, "provenance": {"git": {"commit": "abc"}, "versions": {}},
+}  # fmt: skip
+
+
+def check(passed: bool) -> Row:
+    verdict = {"provider": "ours", "shape": "odd", "n_tokens": 1, "dtype": "float32", "error": 0.5, "tolerance": 1.0}
+    return verdict | {"problem": None, "passed": passed, "ours": True}
+
+
+@pytest.mark.parametrize(
+    "rows, then, message",
+    [
+        ([check(True)], None, None),
+        ([check(False)], None, "a kernel of this project is wrong"),
+        ([check(True)], dies, "not checked to its end: correctness experts"),
+    ],
+)
+def test_it_ends_well_only_if_all_was_checked_and_right(
+    rows: list[Row], then: Work | None, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(end_s: float) -> Iterator[Row]:
+        yield from rows
+        if then is not None:
+            list(then(end_s))
+
+    monkeypatch.setattr(gpu_check, "_device", lambda: FACTS)
+    monkeypatch.setattr(gpu_check, "sections", lambda: [Section("correctness experts", run, 30)])
+    monkeypatch.setattr(gpu_check, "compiling", lambda to_do, capability: Section("programs", one, 30))
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path / "check.json"), "--commit", "def"])
+    if message is None:
+        gpu_check.main()
+    else:
+        with pytest.raises(SystemExit, match=message):
+            gpu_check.main()
+    found = json.loads((tmp_path / "check.json").read_text())
+    assert found["sections"]["correctness experts"]["commit"] == "def" and found["verdicts"]["targets"]

@@ -28,7 +28,9 @@ def device(name: str = "NVIDIA H200") -> dict:
     ]
     arms = [
         ArmSpeed("Qwen3-30B-A3B", "int4 per 64", "device", "slru", "slru", 900, 30.0, 29.0, 31.0, 0.8, 2e8, None, 2, True),
-        ArmSpeed("Qwen3-30B-A3B", "int4 per 64", "device", "gate_reuse", "lru", 900, 45.0, 44.0, 46.0, 0.9, 3e8, 0.002, 2, False),
+        ArmSpeed(
+            "Qwen3-30B-A3B", "int4 per 64", "device", "gate_reuse", "lru", 900, 45.0, 44.0, 46.0, 0.9, 3e8, 0.002, 2, False
+        ),
         ArmSpeed("Qwen3-30B-A3B", "int4 per 64", "nobody", "resident", "none", 6144, skipped="all experts take 58 GB"),
     ]
     rates = [

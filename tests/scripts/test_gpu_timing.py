@@ -30,4 +30,8 @@ def test_providers_take_turns_and_a_failing_one_ends_nobody(monkeypatch: pytest.
     monkeypatch.setattr(timing, "spin", lambda: None)
     found = dict(time_in_turn({name: [name] for name in ("ours", "broken", "peer")}))  # type: ignore[dict-item]
     assert order == ["ours", "broken", "peer", "ours", "peer"]
-    assert found == {"ours": Timing(11.0, 14.0, True, 7), "broken": "RuntimeError: not on this card", "peer": Timing(13.0, 15.0, True, 7)}
+    assert found == {
+        "ours": Timing(11.0, 14.0, True, 7),
+        "broken": "RuntimeError: not on this card",
+        "peer": Timing(13.0, 15.0, True, 7),
+    }

@@ -14,7 +14,7 @@ def time(provider: str, us: float | None, n_tokens: int = 1, **changes: Any) -> 
     timing = None if us is None else {"first_us": us + 1, "second_us": us, "captured": True, "n_replays": 9}
     return {
         "operation": "experts", "shape": "Qwen3-30B-A3B", "n_tokens": n_tokens, "provider": provider, "timing": timing,
-        "touched_bytes": 75e6, "roof_us": 18.0, "share_of_roof": 0.9, "skipped": None, "error": 2e-3, "tolerance": 2e-2,
+        "touched_bytes": 75e6, "roof_us": 18.0, "share_of_roof": 0.9, "skipped": None, "error": 2e-3, "tolerance": 2e-2, "right": True,
     } | changes  # fmt: skip
 
 
@@ -75,11 +75,12 @@ def test_a_wrong_kernel_of_ours_is_told_and_a_wrong_peer_is_not() -> None:
         small | {"provider": "torch_loop", "ours": False, "passed": False, "error": 0.5},
         small | {"provider": "router", "ours": True, "passed": False, "error": None, "problem": "no room"},
     ]
-    times = [time("ours_grouped", 9.0, error=0.03), time("torch_loop", 9.0, error=0.03), time("ours", 9.0, error=float("nan"))]
+    bad = {"right": False, "error": 0.03}
+    times = [time("ours_grouped", 9.0, **bad), time("torch_loop", 9.0, **bad), time("ours", 9.0, right=False, error=None)]
     tokens = [{"predictor": "none", "explained_by_rounding": False, "n_equal": 3, "n_tokens": 8}]
-    told = wrong(found(correctness_x=checks, kernels_q=times) | {})
+    told = wrong(found(correctness_x=checks, kernels_q=times))
     assert [sentence.split(":")[-1].strip() for sentence in told] == [
-        "error 5.0e-01 > 1e-04", "no room", "error 3.0e-02 > 2e-02 where it was timed", "error nan > 2e-02 where it was timed",
+        "error 5.0e-01 > 1e-04", "no room", "error 3.0e-02 > 2e-02 where it was timed", "error not a number > 2e-02 where it was timed",
     ]  # fmt: skip
     apart = found()
     apart["sections"]["tokens device-driven"] = {"rows": tokens, "stopped": None}

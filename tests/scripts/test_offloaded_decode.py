@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.launch import Launch, recorded_launches
 from kernels.quantised import QuantFormat
 from prefetch.cache.lru import Lru
 from prefetch.cache.replay import replay_hits
@@ -17,10 +18,11 @@ from scripts.gpu import decode_scene
 from scripts.gpu.decode_model import DECODE_SHAPES, DecodeModel, DecodeShape
 from scripts.gpu.decode_scene import Machine, Scene, Setting
 from scripts.gpu.generated_routing import RoutingStatistics, generated_routing, guesses_of
-from scripts.gpu.offloaded_decode import decode_speeds
+from scripts.gpu.offloaded_decode import decode_speeds, rehearse_decode
 from scripts.gpu.shapes import MoEShape
 from tests.kernels.interpreter_bf16 import repair
 from tests.prefetch.transfers.stand_in_driver import COMPUTE_STREAM, StandInDriver
+from tests.scripts.launched_programs import programs
 
 TOY = DecodeShape(
     MoEShape("toy", hidden=64, n_experts=8, top_k=2, intermediate=32, n_layers=2),
@@ -42,7 +44,7 @@ def toy(how: QuantFormat | None, n_slots: int) -> Setting:
 
 @pytest.mark.parametrize("how", [None, QuantFormat("int4", 32)], ids=str)
 def test_all_arms_decode_the_same_tokens_and_count_alike(
-    how: QuantFormat | None, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    how: QuantFormat | None, machine: Machine, monkeypatch: pytest.MonkeyPatch, launched: list[Launch]
 ) -> None:
     repair()
     monkeypatch.setattr(decode_scene, "N_DISTINCT", 12)
@@ -63,6 +65,9 @@ def test_all_arms_decode_the_same_tokens_and_count_alike(
     assert all(speed.agrees and speed.n_repeats == 1 for speed in found.values())
     assert found["nobody", "resident"].hit_rate == 1.0 and found["nobody", "resident"].moved_bytes_per_token == 0
     assert all(speed.stall_s_per_token is not None for speed in found.values())
+    with recorded_launches() as rehearsed:
+        rehearse_decode(toy(how, 12))
+    assert programs(launched) <= programs(rehearsed)
 
 
 def test_a_card_that_is_too_small_is_refused(machine: Machine) -> None:
