@@ -22,6 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 from prefetch.errors import ResultsError
+from scripts.gpu.compile_ahead import settle_names
 from scripts.gpu.device_facts import device_facts
 from scripts.gpu.findings import Findings
 from scripts.gpu.forked import Row, run_forked
@@ -46,6 +47,7 @@ def main() -> None:
         sys.exit(f"error: no section's name begins with {' or '.join(options.only)}; --list shows them")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))  # so that no section outlives the check
     end_s = time.monotonic() + 60 * options.minutes
+    settle_names()
     device = _device()
     path = options.out or RESULTS / f"{re.sub(r'[^A-Za-z0-9]+', '-', device['name'])}.json"
     try:

@@ -7,7 +7,9 @@ program that is missing here, or fails, is compiled when it is needed.
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -17,7 +19,9 @@ from multiprocessing import get_context
 
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
+import kernels
 from kernels.launch import Launch, recorded_launches
 from kernels.machine_code import specialise
 from scripts.gpu.forked import Row, first_line
@@ -41,6 +45,18 @@ class CompileOnly:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+
+def settle_names() -> None:
+    """Let Triton hash the source of every kernel now, before processes are forked that must agree on the names in its cache.
+
+    Its hash of a kernel holds the constants of functions that it calls only if those were hashed earlier, through another kernel: two
+    processes that begin with different kernels have different names for one program.
+    """
+    for found in pkgutil.iter_modules(kernels.__path__):
+        for function in vars(importlib.import_module(f"kernels.{found.name}")).values():
+            if isinstance(function, JITFunction):
+                _ = function.cache_key
 
 
 def target_of(capability: tuple[int, int]) -> GPUTarget:
