@@ -32,12 +32,16 @@ def fails():
     rehearse()
     raise KernelInputError("no such path")
 
+compile_ahead.settle_names()
+from kernels import codes_in_registers, grouped_mlp  # one calls the other
+settled = all(f.hash is not None for f in (codes_in_registers.multiply_codes, grouped_mlp._gate_up_kernel))
+
 launches, problems = compile_ahead.programs_of([rehearse, fails])
 target = compile_ahead.target_of((9, 0))
 (row,) = compile_ahead.compile_ahead(launches, target)
 for index in range(len(launches)):  # as the JIT does when it is called
     compile_ahead._compile(index)
-print(json.dumps({"problems": problems, "row": row, "hits": built}))
+print(json.dumps({"problems": problems, "row": row, "hits": built, "settled": settled}))
 """
 
 
@@ -49,6 +53,7 @@ def test_the_jit_finds_what_was_compiled_ahead(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
+    assert found["settled"]
     assert found["problems"] == ["rehearsal: KernelInputError: no such path"]
     assert (found["row"]["n_programs"], found["row"]["n_compiled"], found["row"]["problems"]) == (2, 2, [])
     assert found["row"]["target"] == "sm_90" and found["hits"] == [True, True]

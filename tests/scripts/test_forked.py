@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import signal
 import subprocess
@@ -32,6 +33,7 @@ def dies(end_s: float) -> Iterator[Row]:
 
 def faults(end_s: float) -> Iterator[Row]:
     yield {"n": 1}
+    faulthandler.disable()  # pytest's would write a page about it
     ctypes.string_at(0)
 
 
