@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from experiments.workload import Batch
+
+if TYPE_CHECKING:  # `scripts.gpu_check` decodes where there is no hydra
+    from omegaconf import DictConfig
 
 
 @dataclass

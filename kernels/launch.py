@@ -6,7 +6,9 @@ A `Launch` is a kernel with its grid and arguments, not yet run. The launcher ru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +40,25 @@ class Launch:
     num_stages: int = 1
 
     def run(self) -> Any:
-        """Enqueue on the current stream; returns the compiled kernel, None in the interpreter."""
+        """Enqueue on the current stream; returns the compiled kernel, None where there is none: in the interpreter, and where launches are recorded."""
+        if (recorded := _recorded.get()) is not None:
+            recorded.append(self)
+            return None
         return self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+_recorded: ContextVar[list[Launch] | None] = ContextVar("_recorded", default=None)
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """What is launched inside, in order, and not run: code can be led over meta tensors to learn which programs it needs."""
+    recorded: list[Launch] = []
+    token = _recorded.set(recorded)
+    try:
+        yield recorded
+    finally:
+        _recorded.reset(token)
 
 
 def triton_version() -> tuple[int, ...]:
@@ -60,6 +79,8 @@ def check_launchable(device: torch.device, traits: Sequence[str] = ()) -> None:
     version = triton_version()
     if version < OLDEST_TRITON:
         raise KernelInputError(f"triton {triton.__version__} is too old for these kernels: install 3.6 or newer")
+    if device.type == "meta" and _recorded.get() is not None:
+        return
     if device.type == "cpu" and not triton.knobs.runtime.interpret:
         found = "" if torch.cuda.is_available() else " and this machine has no CUDA device"
         raise KernelInputError(

@@ -6,7 +6,10 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +24,21 @@ from predictors.base import Predictor
 from predictors.gate_reuse import GateReuse
 from predictors.none import NoPredictor
 from prefetch.device_runtime import DeviceRuntime
-from prefetch.geometry import ExpertKey
+from prefetch.geometry import ExpertGeometry, ExpertKey, MoEGeometry
 from prefetch.model import attach, load_offloaded, load_whole
 from prefetch.store import ExpertStore
+from scripts.gpu.forked import Row
 
 REPOSITORY = Path(__file__).parents[2]
 BUNDLED = REPOSITORY / "models" / "bytes-moe"
 HOST_DRIVEN = (  # the demo's arms, and the two other ways to serve a miss
-    "experiment=demo", "backend=cuda", "tier=pinned", "repeats=3", "workload.n_prompts=4", "tracking=disabled",
+    "experiment=demo", "backend=cuda", "tier=pinned", "repeats=1", "workload.n_prompts=2", "workload.new_tokens=24",
+    "tracking=disabled",
     "+arms.read_in_place=['planner=cpu_moe','backend.in_place=gpu']", "+arms.on_cpu=['planner=cpu_moe']",
 )  # fmt: skip
 SHARE_OF_SLOTS, STAGING, NEW_TOKENS = 0.25, 8, 96
+PROMPT_TOKENS = 256
+HOST_DRIVEN_S, LAST_WORDS = 60, 3000
 
 
 @dataclass(frozen=True)
@@ -45,29 +52,35 @@ class Agreement:
     counts: dict[str, int]
 
 
-def bundled_tokens(device: torch.device) -> dict[str, Any]:
-    """Both runtimes. The host-driven one runs as a user would run it, and refuses itself to write results of wrong tokens.
+def device_driven_tokens(end_s: float) -> Iterator[Row]:
+    """The device-driven runtime without and with prefetches, a row each."""
+    prompts = [batch.token_ids for batch in load_batches(
+        BUNDLED, prompts=BUNDLED / "prompts.jsonl", text=None, n_prompts=2, batch_size=1, max_prompt_tokens=PROMPT_TOKENS
+    )]  # fmt: skip
+    for predictor in (NoPredictor(), GateReuse()):
+        packs, device = REPOSITORY / ".cache" / "packs", torch.device("cuda", 0)
+        yield asdict(device_driven(BUNDLED, packs, device, prompts, NEW_TOKENS, predictor))
+
+
+def host_driven_tokens(end_s: float) -> Iterator[Row]:
+    """The host-driven runtime as a user runs it; it refuses itself to write results of wrong tokens.
 
     Raises:
-        RuntimeError: the host-driven run failed; its last line says why.
+        RuntimeError: it cannot run here, or failed; its last words say why.
     """
-    prompts = [batch.token_ids for batch in load_batches(
-        BUNDLED, prompts=BUNDLED / "prompts.jsonl", text=None, n_prompts=2, batch_size=1, max_prompt_tokens=256
-    )]  # fmt: skip
-    agreements = [
-        device_driven(BUNDLED, REPOSITORY / ".cache" / "packs", device, prompts, NEW_TOKENS, predictor)
-        for predictor in (NoPredictor(), GateReuse())
-    ]
-    return {"device_driven": [asdict(found) for found in agreements], "host_driven": host_driven(HOST_DRIVEN)}
+    missing = [package for package in ("hydra", "pydantic") if find_spec(package) is None]
+    if missing:
+        raise RuntimeError(f"needs {' and '.join(missing)}, not installed here")
+    yield {"results": host_driven(HOST_DRIVEN, min(HOST_DRIVEN_S, end_s - time.monotonic()))}
 
 
-def host_driven(overrides: tuple[str, ...]) -> dict[str, Any]:
+def host_driven(overrides: tuple[str, ...], limit_s: float) -> dict[str, Any]:
     """`results.json` of `experiments.decode` with these overrides."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "experiments.decode", *overrides, f"hydra.run.dir={folder}/run"]
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=limit_s)
         if done.returncode:
-            raise RuntimeError(f"experiments.decode: {done.stderr.strip().splitlines()[-1]}")
+            raise RuntimeError(f"experiments.decode: {' '.join(done.stderr[-LAST_WORDS:].split())}")
         results: dict[str, Any] = json.loads((Path(folder) / "run" / "results.json").read_text())
         return results
 
@@ -81,13 +94,7 @@ def device_driven(
     rows = torch.stack([store.read_row(ExpertKey(n, e)) for n in range(size.n_layers) for e in range(size.n_experts)])
     rows = rows.pin_memory() if device.type == "cuda" else rows
     addresses = addresses_of(rows).view(size.n_layers, size.n_experts).to(device)
-    capacity = int(SHARE_OF_SLOTS * size.n_total)
-    cache = DeviceCache.empty(
-        size.n_layers, size.n_experts, capacity=capacity, staging=STAGING, transient=size.top_k,
-        protected_capacity=slru_protected(capacity), device=device,
-    )  # fmt: skip
-    slots = torch.empty(cache.n_slots, size.expert.row_bytes, dtype=torch.uint8, device=device)
-    runtime = DeviceRuntime(size, slots, ExpertTable(size.expert, (rows,), addresses), cache, predictor)
+    runtime = _runtime(size, ExpertTable(size.expert, (rows,), addresses), predictor)
     whole, offloaded = load_whole(folder, torch.float32, device), load_offloaded(folder, torch.float32, device)
     reference = [generate(whole, prompt, new_tokens) for prompt in prompts]
     with attach(offloaded, runtime):
@@ -96,3 +103,28 @@ def device_driven(
     equal = sum(int((ours.tokens == theirs.tokens).sum()) for ours, theirs in zip(found, reference, strict=True))
     explained = all(place.margin <= place.rounding for place in parted)
     return Agreement(predictor.name or "none", len(prompts) * new_tokens, equal, explained, runtime.counts())
+
+
+def rehearse_device_driven() -> None:
+    """Launch what `device_driven_tokens` launches, on tensors without memory."""
+    size, device = MoEGeometry(8, 32, 4, ExpertGeometry(192, 96, torch.float32)), torch.device("meta")
+    rows = torch.empty(size.n_total, size.expert.row_bytes, dtype=torch.uint8, device=device)
+    addresses = torch.empty(size.n_layers, size.n_experts, dtype=torch.int64, device=device)
+    runtime = _runtime(size, ExpertTable(size.expert, (rows,), addresses), NoPredictor())
+    for n_tokens in (PROMPT_TOKENS, 1):
+        hidden = torch.empty(n_tokens, size.expert.hidden, device=device)
+        weights, ids = torch.empty(2, n_tokens, size.top_k, device=device)
+        for layer in range(size.n_layers):
+            runtime.layer_call(layer, hidden, ids.long(), weights)
+            if n_tokens == 1:
+                runtime.planned_call(layer, hidden, ids.long(), weights, ids.long())
+
+
+def _runtime(size: MoEGeometry, backing: ExpertTable, predictor: Predictor) -> DeviceRuntime:
+    capacity, device = int(SHARE_OF_SLOTS * size.n_total), backing.entries.device
+    cache = DeviceCache.empty(
+        size.n_layers, size.n_experts, capacity=capacity, staging=STAGING, transient=size.top_k,
+        protected_capacity=slru_protected(capacity), device=device,
+    )  # fmt: skip
+    slots = torch.empty(cache.n_slots, size.expert.row_bytes, dtype=torch.uint8, device=device)
+    return DeviceRuntime(size, slots, backing, cache, predictor)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +16,9 @@ from kernels.moe_mlp import moe_mlp
 from kernels.quantised_experts import expert_table
 from predictors.base import LayerView, Prediction, Predictor
 from predictors.none import NoPredictor
+from prefetch.cache.base import CachePolicy
+from prefetch.cache.lru import Lru
+from prefetch.cache.replay import replay_hits
 from prefetch.cache.slru import Slru
 from prefetch.compute.kernel_experts import KernelExperts
 from prefetch.device_runtime import DeviceRuntime
@@ -29,13 +34,54 @@ from scripts.gpu.decode_scene import RECALL, Scene
 from scripts.gpu.generated_routing import Ids
 
 N_THREADS = 2
+Tally = tuple[int, int, int, float | None]
 STAGING_LAYERS = 2  # staging slots for the guesses of so many layers
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an arm is compared for: a cache policy, and whether it prefetches."""
+
+    name: str
+    policy: str  # of POLICIES
+
+    @property
+    def prefetches(self) -> bool:
+        return self.name in RECALL
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A rule, as the host's object and as the device's numbers."""
+
+    on_host: Callable[[int], CachePolicy]  # given its capacity
+    protected: Callable[[int], int]
+
+
+POLICIES = {"slru": Policy(Slru, slru_protected), "lru": Policy(Lru, lambda capacity: 0)}
+
+
+def kinds(scene: Scene, n_slots: int) -> list[Kind]:
+    """Caching alone by both policies, then prefetches over the one that hits more often on this routing."""
+    best = max(POLICIES, key=lambda name: replayed_hit_rate(scene, name, n_slots))
+    return [*(Kind(name, name) for name in POLICIES), *(Kind(name, best) for name in RECALL)]
+
+
+def replayed_hit_rate(scene: Scene, policy: str, n_slots: int) -> float:
+    """Of all tokens, without prefetches."""
+    n_tokens, n_layers, top_k = scene.routing.shape
+    events = [
+        [ExpertKey(layer, expert) for expert in scene.routing[token, layer].tolist()]
+        for token in range(n_tokens)
+        for layer in range(n_layers)
+    ]
+    return replay_hits(POLICIES[policy].on_host(n_slots - top_k), events).hit_rate
 
 
 class Arm(ABC):
     """Decodes the same tokens as every other arm."""
 
-    name: str
+    kind: Kind
     driven_by: str
     n_slots: int
     out: Tensor | None = None  # logits of the last token, [1, V]
@@ -49,7 +95,7 @@ class Arm(ABC):
         """Decode token `index` of the routing; need not wait for it."""
 
     @abstractmethod
-    def tally(self) -> tuple[int, int, int, float | None]:
+    def tally(self) -> Tally:
         """Experts needed, hits, bytes moved, and seconds stalled where known, since `restart`; waits for the device."""
 
     def finish(self) -> None:
@@ -72,14 +118,19 @@ class GeneratedSource(PinnedSource):
 
 
 class DeviceArm(Arm):
-    """The device-driven runtime: one graph a token."""
+    """The device-driven runtime: one graph a token.
+
+    Args:
+        slots: uint8 [n_slots, row_bytes], on the device.
+        mapped_rows: where its kernels find `scene.rows`.
+    """
 
     driven_by = "device"
 
-    def __init__(self, scene: Scene, name: str, slots: Tensor, source: PinnedSource):
-        self.scene, self.name, self.n_slots = scene, name, len(slots)
+    def __init__(self, scene: Scene, kind: Kind, slots: Tensor, mapped_rows: int):
+        self.scene, self.kind, self.n_slots = scene, kind, len(slots)
         geometry = scene.setting.geometry
-        staging = STAGING_LAYERS * geometry.top_k if name in RECALL else 0
+        staging = STAGING_LAYERS * geometry.top_k if kind.prefetches else 0
         capacity = self.n_slots - staging - geometry.top_k
         self.cache = DeviceCache.empty(
             geometry.n_layers,
@@ -87,25 +138,29 @@ class DeviceArm(Arm):
             capacity=capacity,
             staging=staging,
             transient=geometry.top_k,
-            protected_capacity=slru_protected(capacity),
+            protected_capacity=POLICIES[kind.policy].protected(capacity),
             device=slots.device,
         )
-        addresses = source.mapped_address(ExpertKey(0, 0)) + scene.row_of * geometry.expert.row_bytes
+        addresses = mapped_rows + scene.row_of * geometry.expert.row_bytes
         backing = expert_table(geometry.expert, (scene.rows,), addresses.to(slots.device))
         self.runtime = DeviceRuntime(geometry, slots, backing, self.cache, NoPredictor())
         self.routing = torch.from_numpy(scene.routing).to(slots.device)
         self.ids = self.routing[0].clone()
-        self.guessed = torch.from_numpy(scene.guesses[name]).to(slots.device) if name in RECALL else None
+        n_guesses = scene.setting.device_guesses  # the first are those that are right
+        self.guessed = (
+            torch.from_numpy(scene.guesses[kind.name][:, :, :n_guesses]).to(slots.device) if kind.prefetches else None
+        )
         self.guesses = self.guessed[0].clone() if self.guessed is not None else None
         self.replay = scene.machine.captured(self._step)
 
-    def _step(self) -> None:
-        def experts(layer: int, hidden: Tensor, weights: Tensor) -> Tensor:
-            following = layer + 1
-            guesses = self.guesses[following][None] if self.guesses is not None and following < len(self.ids) else None
-            return self.runtime.planned_call(layer, hidden, self.ids[layer][None], weights, guesses)
+    def experts(self, layer: int, hidden: Tensor, weights: Tensor) -> Tensor:
+        """One layer's routed experts."""
+        following = layer + 1
+        guesses = self.guesses[following][None] if self.guesses is not None and following < len(self.ids) else None
+        return self.runtime.planned_call(layer, hidden, self.ids[layer][None], weights, guesses)
 
-        self.out = self.scene.model.step(experts)
+    def _step(self) -> None:
+        self.out = self.scene.model.step(self.experts)
         self.runtime.end_forward()
 
     def restart(self) -> None:
@@ -118,7 +173,7 @@ class DeviceArm(Arm):
             self.guesses.copy_(self.guessed[index])
         self.replay()
 
-    def tally(self) -> tuple[int, int, int, float | None]:
+    def tally(self) -> Tally:
         counts = self.runtime.counts()
         hits = counts["hits"] + counts["useful"]
         moved = (counts["misses"] + counts["prefetches"]) * self.scene.setting.geometry.expert.row_bytes
@@ -148,8 +203,8 @@ class HostArm(Arm):
 
     driven_by = "host"
 
-    def __init__(self, scene: Scene, name: str, pool: SlotPool, transfers: ThreadTransfers):
-        self.scene, self.name, self.n_slots = scene, name, pool.n_slots
+    def __init__(self, scene: Scene, kind: Kind, pool: SlotPool, transfers: ThreadTransfers):
+        self.scene, self.kind, self.n_slots = scene, kind, pool.n_slots
         self.pool, self.transfers = pool, transfers
         self.routing = torch.from_numpy(scene.routing).to(scene.machine.device)
         self.runtime: OffloadRuntime | None = None
@@ -158,10 +213,10 @@ class HostArm(Arm):
         self.finish()
         geometry = self.scene.setting.geometry
         predictor: Predictor = NoPredictor()
-        if self.name in RECALL:
-            predictor = ReplayedGuesses(self.scene.guesses[self.name], geometry.n_experts)
-        staging = STAGING_LAYERS * geometry.top_k if self.name in RECALL else 0
-        policy = Slru(self.n_slots - staging - geometry.top_k)
+        if self.kind.prefetches:
+            predictor = ReplayedGuesses(self.scene.guesses[self.kind.name], geometry.n_experts)
+        staging = STAGING_LAYERS * geometry.top_k if self.kind.prefetches else 0
+        policy = POLICIES[self.kind.policy].on_host(self.n_slots - staging - geometry.top_k)
         tier = FastTier(self.pool, policy, self.transfers, staging=staging, transient=geometry.top_k)
         compute = KernelExperts(geometry, self.pool)
         self.runtime = OffloadRuntime(geometry, tier, predictor, TopM(), _no_reading, compute)
@@ -186,7 +241,7 @@ class HostArm(Arm):
         )
         runtime.end_forward()
 
-    def tally(self) -> tuple[int, int, int, float | None]:
+    def tally(self) -> Tally:
         assert self.runtime is not None, "restart comes first"
         self.scene.machine.wait()
         record = self.runtime.recorder.record(self.runtime.tier.records)
@@ -202,26 +257,30 @@ class HostArm(Arm):
 class ResidentArm(Arm):
     """Every expert in device memory: the bound."""
 
-    name, driven_by = "resident", "nobody"
+    kind, driven_by = Kind("resident", "none"), "nobody"
 
     def __init__(self, scene: Scene):
         self.scene = scene
         geometry, device = scene.setting.geometry, scene.machine.device
         self.n_slots = geometry.n_total
         pool = torch.empty(geometry.n_total, geometry.expert.row_bytes, dtype=torch.uint8, device=device)
-        for first in range(0, geometry.n_total, len(scene.rows)):
-            part = pool[first : first + len(scene.rows)]
-            part.copy_(scene.rows[: len(part)])
+        once = pool[: len(scene.rows)]
+        once.copy_(scene.rows[: len(once)])
+        for first in range(len(once), geometry.n_total, len(once)):  # the others within the device: its memory is faster
+            part = pool[first : first + len(once)]
+            part.copy_(once[: len(part)])
         slot_of = torch.arange(geometry.n_total, dtype=torch.int32, device=device).view(geometry.n_layers, geometry.n_experts)
         self.table = expert_table(geometry.expert, (pool,), slot_of)
         self.routing = torch.from_numpy(scene.routing).to(device)
         self.ids, self.n_decoded = self.routing[0].clone(), 0
         self.replay = scene.machine.captured(self._step)
 
+    def experts(self, layer: int, hidden: Tensor, weights: Tensor) -> Tensor:
+        """One layer's routed experts."""
+        return moe_mlp(MoECall(hidden, self.ids[layer][None], weights, self.table, layer))
+
     def _step(self) -> None:
-        self.out = self.scene.model.step(
-            lambda layer, hidden, weights: moe_mlp(MoECall(hidden, self.ids[layer][None], weights, self.table, layer))
-        )
+        self.out = self.scene.model.step(self.experts)
 
     def restart(self) -> None:
         self.n_decoded = 0
@@ -232,7 +291,7 @@ class ResidentArm(Arm):
         self.n_decoded += 1
         self.replay()
 
-    def tally(self) -> tuple[int, int, int, float | None]:
+    def tally(self) -> Tally:
         self.scene.machine.wait()
         needed = self.n_decoded * self.ids.numel()
         return needed, needed, 0, 0.0

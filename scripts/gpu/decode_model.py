@@ -16,6 +16,7 @@ from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, 
 from kernels.route_and_predict import route_and_predict
 from kernels.router_call import RouterCall
 from kernels.routing import Routing
+from scripts.gpu.providers import generator
 from scripts.gpu.shapes import SHAPES, MoEShape
 
 ExpertPart = Callable[[int, Tensor, Tensor], Tensor]  # layer, hidden [1, H], routing weights [1, k] -> [1, H]
@@ -66,7 +67,8 @@ class DecodeModel:
 
     def __init__(self, shape: DecodeShape, n_context: int, dtype: torch.dtype, device: torch.device):
         self.shape, self.dtype, self.device = shape, dtype, device
-        self.random = torch.Generator(device).manual_seed(0)
+        self.random = generator(str(device), 0)
+        self.n_bytes = 0  # of weights, KV cache and states
         moe = shape.moe
         self.x = self._normal(1, moe.hidden)
         self.layers: list[Attention | DeltaRule] = [
@@ -93,21 +95,29 @@ class DecodeModel:
         for layer, mixer in enumerate(self.layers):
             x = x + mixer(self._norm(x))
             hidden = self._norm(x)
-            routed = route_and_predict(
-                RouterCall(hidden, self.routers[layer], self.routing, self.shape.moe.top_k), arrivals=self.arrivals
-            )
-            x = x + experts(layer, hidden, routed.topk_weights)
+            x = x + experts(layer, hidden, self._routing_weights(layer, hidden))
             if self.shared:
                 gate_up, down = self.shared[layer]
                 gate, up = linear(hidden, gate_up).chunk(2, dim=1)
                 x = x + linear(silu(gate) * up, down)
         return linear(self._norm(x), self.vocabulary)
 
+    def rehearse(self, experts: ExpertPart) -> None:
+        """The launches of a step without its dense work."""
+        for layer in range(len(self.layers)):
+            experts(layer, self.x, self._routing_weights(layer, self.x))
+
+    def _routing_weights(self, layer: int, hidden: Tensor) -> Tensor:
+        call = RouterCall(hidden, self.routers[layer], self.routing, self.shape.moe.top_k)
+        return route_and_predict(call, arrivals=self.arrivals).topk_weights
+
     def _norm(self, x: Tensor) -> Tensor:
         return rms_norm(x, x.shape[-1:])
 
     def _normal(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(generator=self.random)
+        drawn = torch.empty(shape, dtype=self.dtype, device=self.device).normal_(generator=self.random)
+        self.n_bytes += drawn.nbytes
+        return drawn
 
     def _weight(self, n_out: int, n_in: int) -> Tensor:
         return self._normal(n_out, n_in).mul_(n_in**-0.5)
@@ -144,6 +154,7 @@ class DeltaRule:
         self.inputs = model._weight(3 * width, hidden)  # queries and keys (half as many heads each), values, gates
         self.out = model._weight(hidden, width)
         self.state = torch.zeros(self.n_heads, STATE_DIM, STATE_DIM, device=model.device)
+        model.n_bytes += self.state.nbytes
 
     def restart(self) -> None:
         """An empty state."""

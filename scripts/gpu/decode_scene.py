@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.quantised import QuantFormat
 from kernels.quantised_experts import QuantisedGeometry
+from prefetch.device import limit_memory
 from prefetch.errors import CapacityError
 from prefetch.geometry import ExpertGeometry, MoEGeometry
 from prefetch.memory import allocate_pages
@@ -18,7 +19,11 @@ from scripts.gpu.decode_model import DecodeModel, DecodeShape
 from scripts.gpu.generated_routing import Ids, RoutingStatistics, generated_routing, guesses_of
 
 N_DISTINCT = 512  # rows in pinned memory, which the experts share: the link does not notice
-N_PACKED = 32  # of them are made one by one, the others are copies
+N_PACKED = 8  # of them are made one by one, the others are copies
+LARGE_GUESSES = 2
+SLOTS_STEP = (
+    64  # slots are a multiple of it: kernels are compiled for multiples of 16, and the parts of a cache are such then as well
+)
 RECALL = {"gate_reuse": 0.734, "oracle": 1.0}  # of the model's top-k; gate reuse's on the bundled model, docs/predictors.md
 
 
@@ -30,6 +35,12 @@ class Machine:
     driver: Callable[[], CudaDriver] = CudaDriver
     compute_stream: Callable[[], int] = lambda: torch.cuda.current_stream().cuda_stream
     wait: Callable[[], None] = torch.cuda.synchronize
+
+    def limit(self, n_bytes: int) -> None:
+        """Let PyTorch have at most so much of the device's memory, where there is one to limit."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what is cached counts
+            limit_memory(self.device, n_bytes)
 
     def captured(self, step: Callable[[], object]) -> Callable[[], object]:
         """`step` as a CUDA graph, warmed up; `step` itself where there are none."""
@@ -54,12 +65,22 @@ class Setting:
     how: QuantFormat | None  # of the experts; None is bf16
     memory_bytes: int  # of the card that is stood in for: model, KV cache and slots
     n_context: int = 8192
-    n_tokens: int = 48
-    n_warmup: int = 48
-    n_repeats: int = 3
+    n_tokens: int = 24
+    n_warmup: int = 16
+    n_repeats: int = 2
     dtype: torch.dtype = torch.bfloat16
     statistics: RoutingStatistics = field(default_factory=RoutingStatistics)
     reserve_bytes: int = 500_000_000  # for activations, the context and what fragments
+
+    @property
+    def experts(self) -> str:
+        """ "bfloat16", or the quantised format."""
+        return str(self.dtype).removeprefix("torch.") if self.how is None else str(self.how)
+
+    @property
+    def device_guesses(self) -> int:
+        """Experts that a device-driven run prefetches a layer: its demand loads wait for all of a prefetch, so few if they are large."""
+        return min(LARGE_GUESSES, self.shape.moe.top_k) if self.how is None else self.shape.moe.top_k
 
     @property
     def geometry(self) -> MoEGeometry:
@@ -91,7 +112,7 @@ class Scene:
             for arm, recall in RECALL.items()
         }
         model = DecodeModel(setting.shape, setting.n_context, setting.dtype, machine.device)
-        return cls(machine, setting, model, generated_rows(setting.geometry.expert), routing, guesses)
+        return cls(machine, setting, model, generated_rows(setting.geometry.expert, machine.device), routing, guesses)
 
     @property
     def row_of(self) -> Tensor:
@@ -105,16 +126,18 @@ class Scene:
         Raises:
             CapacityError: nothing.
         """
-        used = torch.cuda.memory_allocated() if self.machine.device.type == "cuda" else 0
         geometry = self.setting.geometry
-        n_slots = (self.setting.memory_bytes - self.setting.reserve_bytes - used) // geometry.expert.row_bytes
+        n_slots = (self.setting.memory_bytes - self.setting.reserve_bytes - self.model.n_bytes) // geometry.expert.row_bytes
+        n_slots -= n_slots % SLOTS_STEP if n_slots > SLOTS_STEP else 0
         if n_slots < 4 * geometry.top_k:
             raise CapacityError(f"{self.setting.memory_bytes / 1e9:.1f} GB leave {max(n_slots, 0)} slots beside the model")
         return min(n_slots, geometry.n_total)
 
 
-def generated_rows(geometry: ExpertGeometry) -> Tensor:
-    """uint8 [N_DISTINCT, row_bytes], page-aligned: experts of unit gain."""
+def generated_rows(geometry: ExpertGeometry, device: torch.device) -> Tensor:
+    """uint8 [N_DISTINCT, row_bytes], on the host, page-aligned: experts of unit gain. Without memory where `device` has none."""
+    if device.type == "meta":
+        return torch.empty(N_DISTINCT, geometry.row_bytes, dtype=torch.uint8, device=device)
     pages = allocate_pages(N_DISTINCT * geometry.row_bytes, "generated experts")
     rows = torch.frombuffer(pages, dtype=torch.uint8).view(N_DISTINCT, geometry.row_bytes)
     random = torch.Generator().manual_seed(0)

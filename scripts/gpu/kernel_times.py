@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from kernels.read_only import read_rows
-from scripts.gpu.providers import PROVIDERS, Problem, make_problem
-from scripts.gpu.shapes import TOKENS, MoEShape
-from scripts.gpu.timing import Timing, time_calls
+from scripts.gpu.forked import first_line
+from scripts.gpu.providers import OURS, PROVIDERS, Problem, distinct, make_problem, reference
+from scripts.gpu.shapes import MoEShape
+from scripts.gpu.timing import Calls, Timing, time_in_turn
 
-N_SETS = 4  # of weights, in turn: more than L2 holds
+FEWEST_SETS = 4  # of weights, in turn
+TIMES_L2 = 3  # all sets together are more than L2 holds
+MAX_ERROR = 2e-2  # relative norm against fp32: of 16-bit experts with 16-bit intermediates
+MAX_DECODE_BYTES = 20e9  # weights that one token after the other would read: not what that kernel is for
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,13 @@ class KernelTime:
     roof_us: float | None
     skipped: str | None = None
     operation: str = "experts"
+    error: float | None = None  # relative norm, of the very configuration that is timed
+    tolerance: float = MAX_ERROR
+
+    @property
+    def right(self) -> bool | None:
+        """Whether what is timed is right; None where there is nothing to compare."""
+        return None if self.error is None else self.error <= self.tolerance
 
     @property
     def share_of_roof(self) -> float | None:
@@ -34,42 +47,108 @@ class KernelTime:
         return None if self.timing is None or self.roof_us is None else self.roof_us / self.timing.us
 
 
-def kernel_times(shape: MoEShape, dtype: torch.dtype, deadline: Callable[[], bool]) -> Iterator[KernelTime]:
-    """All token counts and providers of one shape; what comes after the deadline, or does not fit, is said to be skipped."""
-    n_bytes = 2 * N_SETS * shape.n_experts * shape.geometry(dtype).row_bytes
-    torch.cuda.empty_cache()  # what an earlier shape has left would count as taken
+def kernel_times(shape: MoEShape, n_tokens: int, dtype: torch.dtype) -> Iterator[KernelTime]:
+    """All providers at one shape, the roof first; what does not fit is said to be skipped."""
+    row_bytes = shape.geometry(dtype).row_bytes
+    n_sets = sets_needed(shape.expected_touched(n_tokens) * row_bytes, torch.cuda.get_device_properties(0).L2_cache_size)
+    n_bytes, free_bytes = 2 * n_sets * shape.n_experts * row_bytes, torch.cuda.mem_get_info()[0]
+    if 1.2 * n_bytes > free_bytes:
+        reason = f"{n_sets} sets of weights take {n_bytes / 1e9:.0f} GB, {free_bytes / 1e9:.0f} GB are free"
+        yield from (KernelTime(shape.name, n_tokens, name, None, math.nan, None, reason) for name in PROVIDERS)
+        return
+    problems = [make_problem(shape, n_tokens, dtype, "cuda", seed) for seed in range(n_sets)]
+    touched = [distinct(p.ids) for p in problems]
+    touched_bytes = sum(map(len, touched)) / n_sets * row_bytes
     free_bytes, _ = torch.cuda.mem_get_info()
-    for n_tokens in TOKENS:
-        reason = None
-        if 1.2 * n_bytes > free_bytes:
-            reason = f"{N_SETS} sets of weights take {n_bytes / 1e9:.0f} GB, {free_bytes / 1e9:.0f} GB are free"
-        elif deadline():
-            reason = "out of time"
-        if reason is not None:
-            yield from (KernelTime(shape.name, n_tokens, name, None, float("nan"), None, reason) for name in PROVIDERS)
-            continue
-        yield from _times_of([make_problem(shape, n_tokens, dtype, "cuda", seed) for seed in range(N_SETS)], shape, n_tokens)
-
-
-def _times_of(problems: list[Problem], shape: MoEShape, n_tokens: int) -> Iterator[KernelTime]:
-    touched = [p.touched for p in problems]
-    row_bytes = problems[0].table.geometry.row_bytes
-    touched_bytes = sum(len(slots) for slots in touched) / len(touched) * row_bytes
-    roof = time_calls([_reader(p, slots) for p, slots in zip(problems, touched, strict=True)])
-    yield KernelTime(shape.name, n_tokens, "read_only", roof, touched_bytes, roof.us)
-    for name, provider in PROVIDERS.items():
-        try:
-            timing = time_calls([_caller(provider, p) for p in problems])
-        except Exception as failure:  # a peer that cannot run here must not end the run
-            reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
-            yield KernelTime(shape.name, n_tokens, name, None, touched_bytes, roof.us, reason)
+    calls = {}
+    for name, prepare in PROVIDERS.items():
+        unfit = too_much(name, shape.top_k * n_tokens, row_bytes, free_bytes)
+        if unfit is None:
+            calls[name] = [prepare(p) for p in problems]
         else:
-            yield KernelTime(shape.name, n_tokens, name, timing, touched_bytes, roof.us)
+            yield KernelTime(shape.name, n_tokens, name, None, touched_bytes, None, unfit)
+    roof = [reader(p.table.pools[0], slots) for p, slots in zip(problems, touched, strict=True)]
+    about = Timed("experts", shape.name, n_tokens, touched_bytes)
+    yield from times_beside_roof(about, roof, calls, reference(problems[0]), MAX_ERROR)
 
 
-def _reader(p: Problem, slots: torch.Tensor) -> Callable[[], torch.Tensor]:
-    return lambda: read_rows(p.table.pools[0], slots)
+def sets_needed(bytes_a_call: float, l2_bytes: int) -> int:
+    """How many sets of weights must take turns so that none is in L2 when it comes again."""
+    return max(FEWEST_SETS, math.ceil(TIMES_L2 * l2_bytes / bytes_a_call))
 
 
-def _caller(provider: Callable[[Problem], torch.Tensor], p: Problem) -> Callable[[], torch.Tensor]:
-    return lambda: provider(p)
+def too_much(provider: str, n_pairs: int, row_bytes: int, free_bytes: int) -> str | None:
+    """Why `provider` is not asked to compute so many (token, expert) pairs."""
+    n_bytes = n_pairs * row_bytes
+    if provider == "transformers_batched_mm" and n_bytes > free_bytes / 3:
+        return f"gathers {n_bytes / 1e9:.0f} GB of weights, {free_bytes / 1e9:.0f} GB are free"
+    if provider == "ours_decode" and n_bytes > MAX_DECODE_BYTES:
+        return f"would read {n_bytes / 1e9:.0f} GB, an expert for each of its tokens: grouped_mlp is for that"
+    return None
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What is timed."""
+
+    operation: str
+    shape: str
+    n_tokens: int
+    touched_bytes: float  # mean over the sets; 0 where next to nothing is read
+
+
+def times_beside_roof(
+    about: Timed,
+    roof: Calls,
+    providers: Mapping[str, Calls],
+    expected: Tensor | None,
+    tolerance: float,
+) -> Iterator[KernelTime]:
+    """Check each provider once against `expected`, then time all in turn, the roof (where there is one) first.
+
+    Args:
+        expected: what the first call of those providers returns that return a tensor; None checks nothing.
+        tolerance: of the relative norm.
+    """
+    checked = {name: _error(calls[0], expected) for name, calls in providers.items()}
+    failed = {name: found for name, found in checked.items() if isinstance(found, str)}
+    able: dict[str, Calls] = {n: calls for n, calls in providers.items() if n not in failed}
+    roof_us = None
+    where = about.shape, about.n_tokens
+    for name, timing in time_in_turn(({"read_only": roof} if roof else {}) | able):
+        error = checked.get(name)
+        if isinstance(timing, str):
+            failed[name] = timing
+            continue
+        if name == "read_only":
+            roof_us = timing.us
+        yield KernelTime(
+            *where, name, timing, about.touched_bytes, roof_us, None, about.operation,
+            error if isinstance(error, float) else None, tolerance,
+        )  # fmt: skip
+    for name, reason in failed.items():
+        yield KernelTime(*where, name, None, about.touched_bytes, roof_us, reason, about.operation)
+
+
+def _error(call: Callable[[], object], expected: Tensor | None) -> float | str | None:
+    """Relative norm of what the call returns, why it cannot run, or None where it returns nothing to compare."""
+    try:
+        found = call()
+        if expected is None or not isinstance(found, Tensor):
+            return None
+        return float((found.double() - expected.double()).norm() / expected.double().norm())
+    except Exception as failure:  # what a peer raises on this machine belongs in the table
+        return first_line(failure)
+
+
+def reader(rows: Tensor, slots: Tensor) -> Callable[[], Tensor]:
+    """The roof: read rows `slots` (int32) of `rows`, uint8 [n, bytes]."""
+    return lambda: read_rows(rows, slots)
+
+
+def rehearse_kernel_times(shape: MoEShape, n_tokens: int, dtype: torch.dtype) -> None:
+    """Launch what `kernel_times` launches, on tensors without memory."""
+    p: Problem = make_problem(shape, n_tokens, dtype, "meta", 0)
+    reader(p.table.pools[0], distinct(p.ids))()
+    for name in (*OURS, "sorted_padded"):
+        PROVIDERS[name](p)()

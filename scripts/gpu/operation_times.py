@@ -2,73 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
-from kernels.read_only import read_rows
-from scripts.gpu.correctness import SMALL, TOKENS, TOLERANCES, Verdict
-from scripts.gpu.kernel_times import N_SETS, KernelTime
-from scripts.gpu.operations import Case, operations
-from scripts.gpu.shapes import TOKENS as TIMED_TOKENS
+from scripts.gpu.case import Case, MakeCase
+from scripts.gpu.correctness import SMALL, TOKENS, TOLERANCES, Verdict, compared, name_of
+from scripts.gpu.forked import first_line
+from scripts.gpu.kernel_times import MAX_ERROR, KernelTime, Timed, reader, sets_needed, times_beside_roof
+from scripts.gpu.operations import operations, timed_operations
+from scripts.gpu.plans import plan_times, rehearse_plan_times
 from scripts.gpu.shapes import MoEShape
-from scripts.gpu.timing import time_calls
+from scripts.gpu.timing import Calls
+
+MOST_SETS = 256  # of small weights
 
 
-def operation_verdicts(device: str, shapes: tuple[MoEShape, ...] = SMALL, tokens: tuple[int, ...] = TOKENS) -> list[Verdict]:
-    """All operations, dtypes, shapes and token counts against float64, or where all is integers, to the last bit."""
-    found = []
-    for name, make in operations().items():
-        for shape in shapes:
-            for dtype, tolerance in TOLERANCES.items():
-                for n_tokens in tokens:
-                    case = make(shape, n_tokens, dtype, device, n_tokens)
-                    if case is not None:
-                        label = str(dtype).removeprefix("torch.")
-                        found.append(Verdict(name, shape.name, n_tokens, label, *_error(case, tolerance)))
-    return found
+def operation_verdicts(
+    name: str, device: str, shapes: Iterable[MoEShape] = SMALL, tokens: tuple[int, ...] = TOKENS
+) -> Iterator[Verdict]:
+    """One operation in all dtypes, shapes and token counts against float64, or where all is integers, to the last bit."""
+    for shape in shapes:
+        for dtype, tolerance in TOLERANCES.items():
+            for n_tokens in tokens:
+                labels = name, shape.name, n_tokens, name_of(dtype)
+                try:
+                    case = operations()[name](shape, n_tokens, dtype, device, n_tokens)
+                    outcome = None if case is None else compared(case.ours, case.exact(), tolerance)
+                except Exception as failure:  # one that does not fit must not lose the others
+                    outcome = None, tolerance, first_line(failure)
+                if outcome is not None:
+                    yield Verdict(*labels, *outcome)
 
 
-def _error(case: Case, tolerance: float) -> tuple[float | None, float, str | None]:
-    """Relative norm, what is allowed of it, and why it could not run."""
-    try:
-        ours, exact = case.ours().double(), case.exact().double()
-    except Exception as failure:  # what a compiler or driver raises on this machine belongs in the table
-        return None, tolerance, f"{type(failure).__name__}: {failure}".splitlines()[0]
-    return float((ours - exact).norm() / exact.norm()), tolerance, None
+def operation_times(shape: MoEShape, n_tokens: int, dtype: torch.dtype) -> Iterator[KernelTime]:
+    """Every operation at one shape; what cannot run is said to be skipped."""
+    for name, make in timed_operations().items():
+        try:
+            cases = _cases(make, shape, n_tokens, dtype)
+        except Exception as failure:  # a small card must not lose the other operations
+            yield KernelTime(shape.name, n_tokens, "ours", None, float("nan"), None, first_line(failure), name)
+        else:
+            yield from _times_of(cases, name, shape, n_tokens)
+    yield from plan_times(shape, n_tokens)
 
 
-def operation_times(shape: MoEShape, dtype: torch.dtype, out_of_time: Callable[[], bool]) -> Iterator[KernelTime]:
-    """Every operation and token count of one shape; what comes after the deadline, or cannot run, is said to be skipped."""
-    for name, make in operations().items():
-        for n_tokens in TIMED_TOKENS:
-            if out_of_time():
-                yield KernelTime(shape.name, n_tokens, "ours", None, float("nan"), None, "out of time", name)
-                continue
-            try:
-                cases = [make(shape, n_tokens, dtype, "cuda", seed) for seed in range(N_SETS)]
-            except torch.OutOfMemoryError:  # a small card must not lose what was timed before
-                yield KernelTime(shape.name, n_tokens, "ours", None, float("nan"), None, "out of device memory", name)
-                continue
-            yield from _times_of([case for case in cases if case is not None], name, shape, n_tokens)
+def rehearse_operation_verdicts(name: str, shapes: Iterable[MoEShape], tokens: tuple[int, ...]) -> None:
+    """Launch what `operation_verdicts` launches, on tensors without memory."""
+    for shape in shapes:
+        for dtype in TOLERANCES:
+            for n_tokens in tokens:
+                _rehearse(operations()[name](shape, n_tokens, dtype, "meta", 0), with_roof=False)
+
+
+def rehearse_operation_times(shape: MoEShape, n_tokens: int, dtype: torch.dtype) -> None:
+    """Launch what `operation_times` launches, on tensors without memory."""
+    for make in timed_operations().values():
+        _rehearse(make(shape, n_tokens, dtype, "meta", 0), with_roof=True)
+    rehearse_plan_times(shape, n_tokens)
+
+
+def _rehearse(case: Case | None, with_roof: bool) -> None:
+    if case is None:
+        return
+    case.ours()
+    if with_roof and case.reads is not None:
+        reader(*case.reads)()
+
+
+def _cases(make: MakeCase, shape: MoEShape, n_tokens: int, dtype: torch.dtype) -> list[Case]:
+    """As many as L2 cannot hold; none where the operation does not apply."""
+    first = make(shape, n_tokens, dtype, "cuda", 0)
+    if first is None:
+        return []
+    n_sets = sets_needed(_bytes(first), torch.cuda.get_device_properties(0).L2_cache_size)
+    others = (make(shape, n_tokens, dtype, "cuda", seed) for seed in range(1, min(n_sets, MOST_SETS)))
+    return [first, *(case for case in others if case is not None)]
+
+
+def _bytes(case: Case) -> int:
+    assert case.reads is not None, "every timed operation says what it reads"
+    rows, slots = case.reads
+    return len(slots) * rows.shape[1]
 
 
 def _times_of(cases: list[Case], name: str, shape: MoEShape, n_tokens: int) -> Iterator[KernelTime]:
     if not cases:
         return
-    n_bytes = sum(case.reads.numel() for case in cases if case.reads is not None) / len(cases)
-    roof_us = time_calls([_reader(case.reads) for case in cases if case.reads is not None]).us if n_bytes else None
-    providers = {"ours": [case.ours for case in cases]} | {
-        peer: [case.peers[peer] for case in cases] for peer in cases[0].peers
-    }
-    for provider, calls in providers.items():
-        try:
-            yield KernelTime(shape.name, n_tokens, provider, time_calls(calls), n_bytes, roof_us, None, name)
-        except Exception as failure:  # one that cannot run here must not end the run
-            reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
-            yield KernelTime(shape.name, n_tokens, provider, None, n_bytes, roof_us, reason, name)
-
-
-def _reader(rows: torch.Tensor) -> Callable[[], torch.Tensor]:
-    slots = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-    return lambda: read_rows(rows, slots)
+    about = Timed(name, shape.name, n_tokens, sum(map(_bytes, cases)) / len(cases))
+    roof = [reader(*case.reads) for case in cases if case.reads is not None]
+    providers: dict[str, Calls] = {"ours": [case.ours for case in cases]}
+    providers |= {peer: [case.peers[peer] for case in cases] for peer in cases[0].peers}
+    yield from times_beside_roof(about, roof, providers, cases[0].exact(), MAX_ERROR)

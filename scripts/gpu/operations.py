@@ -1,20 +1,17 @@
 """Everything beside the plain expert MLP that a decode step launches: ours, what one would write in PyTorch, and what must be read.
 
-An `Operation` makes problems; a problem has both callables, the exact answer, and the weights that any implementation has to read.
+An operation makes cases: both callables, the exact answer, and the weights that any implementation has to read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import gelu, linear, rms_norm
 
-from kernels.cache_plan import cache_plan, cache_plan_reference
-from kernels.device_cache import CachePlan, DeviceCache, slru_protected
+from kernels.device_cache import CachePlan
 from kernels.gather_rows import gather_rows
 from kernels.moe_call import MoECall, moe_mlp_reference
 from kernels.moe_mlp import moe_mlp
@@ -31,42 +28,30 @@ from kernels.route_and_predict import route_and_predict
 from kernels.router_call import RouterCall, route_and_predict_reference
 from kernels.routing import Routing
 from kernels.slot_table import addresses_of
+from scripts.gpu.case import Case, MakeCase
+from scripts.gpu.plans import plan_case
+from scripts.gpu.providers import distinct, generator
 from scripts.gpu.shapes import MoEShape
 
+FORMATS = (QuantFormat("int4", 64), QuantFormat("int8", 64), QuantFormat("fp8"), QuantFormat("mxfp4", 32))
 MLP_WIDTH = 256  # PreScope's middle nets
 RANK = 128  # of the corrected gate's two corrections together
-CACHE_SLOTS = 1228  # 12 GB of Qwen3-30B-A3B's experts in bf16
-MAX_PLANNED_PAIRS = 64  # the planner is sequential, and meant for decode
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call. Callables return what is compared: logits, the layer's output, or a cache's books."""
-
-    ours: Callable[[], Tensor]
-    exact: Callable[[], Tensor]  # in float64, or integers
-    peers: dict[str, Callable[[], object]] = field(default_factory=dict)  # what others offer, in the weights' dtype
-    reads: Tensor | None = (
-        None  # uint8 [rows, bytes], what any implementation reads from memory; None where that is next to nothing
-    )
-
-
-MakeCase = Callable[[MoEShape, int, torch.dtype, str, int], Case | None]
+READ_BYTES = 4096  # a row of the roof's
 
 
 def operations() -> dict[str, MakeCase]:
     """By name; a maker returns None where the operation does not apply."""
+    return timed_operations() | {"cache_plan": plan_case, "gather_rows": _gather_rows}
+
+
+def timed_operations() -> dict[str, MakeCase]:
+    """Those whose one call is a measurement: plans are timed in sequence, and row copies with the other transfers."""
     return {
         "router": _router(0),
         "router with 4 heads": _router(4),
         "predict_mlp": _predict_mlp,
         "predict_corrected_gate": _corrected_gate,
-        "cache_plan": _cache_plan,
-        "gather_rows": _gather_rows,
-        **{
-            f"experts in {how}": _quantised(how)
-            for how in (QuantFormat("int4", 64), QuantFormat("int8", 64), QuantFormat("fp8"), QuantFormat("mxfp4", 32))
-        },
+        **{f"experts in {how}": _quantised(how) for how in FORMATS},
     }
 
 
@@ -75,7 +60,7 @@ class _Random:
 
     def __init__(self, dtype: torch.dtype, device: str, seed: int):
         self.dtype, self.device = dtype, device
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.generator = generator(device, seed)
 
     def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         drawn = torch.empty(shape, device=self.device).normal_(generator=self.generator)
@@ -108,7 +93,7 @@ def _router(n_heads: int) -> MakeCase:
             lambda: route_and_predict(call, out, arrivals).logits,
             lambda: route_and_predict_reference(call, torch.float64).logits,
             {"torch": peer},
-            _as_rows(weights),
+            _whole(weights),
         )
 
     return make
@@ -130,12 +115,25 @@ def _predict_mlp(shape: MoEShape, n_tokens: int, dtype: torch.dtype, device: str
     ids, weights = random.routing(n_tokens, shape)
     call = MlpCall(head, random.normal(n_tokens, shape.hidden), ids, weights)
     out, arrivals = call.new_result(shape.top_k), torch.zeros(n_tokens, dtype=torch.int32, device=device)
+    selected = head.routing.index_select(1, distinct(ids))
     return Case(
         lambda: predict_mlp(call, out, arrivals).logits,
         lambda: predict_mlp_reference(call, shape.top_k, torch.float64).logits,
-        {"torch": lambda: predict_mlp_reference(call, shape.top_k, dtype)},
-        _as_rows(head.entry),
+        {"torch": lambda: _mlp_in_torch(call, shape.top_k)},
+        _whole(head.entry, selected, head.leave, block.enter, block.leave_transposed),
     )
+
+
+def _mlp_in_torch(call: MlpCall, n_guesses: int) -> object:
+    """The network as one would write it in PyTorch, with the entry folded as ours is."""
+    head, x, ids = call.head, call.x, call.topk_ids
+    assert head.block is not None
+    v, s = linear(x, head.entry, head.entry_bias.to(x.dtype)).chunk(2, dim=1)
+    features = head.routing[0][ids] + call.topk_weights.to(x.dtype)[..., None] * head.routing[1][ids]
+    v, s = gelu(v + features.sum(1)), s.sigmoid()
+    inner = gelu(linear(v, head.block.enter, head.block.enter_bias.to(x.dtype)))
+    v = v + s * (inner @ head.block.leave_transposed + head.block.leave_bias.to(x.dtype))
+    return linear(v, head.leave, head.leave_bias.to(x.dtype)).topk(n_guesses)
 
 
 def _corrected_gate(shape: MoEShape, n_tokens: int, dtype: torch.dtype, device: str, seed: int) -> Case:
@@ -147,53 +145,15 @@ def _corrected_gate(shape: MoEShape, n_tokens: int, dtype: torch.dtype, device: 
 
     def peer() -> object:
         both = linear(rms_norm(call.residual, (shape.hidden,), norm, 1e-6), entry)
-        logits = both[:, : shape.n_experts] + linear(both[:, shape.n_experts :], correction)
+        logits = both[:, : shape.n_experts] + linear(gelu(both[:, shape.n_experts :]), correction)
         return logits.topk(shape.top_k)
 
     return Case(
         lambda: predict_corrected_gate(call, out, arrivals).logits,
         lambda: predict_corrected_gate_reference(call, shape.top_k, torch.float64).logits,
         {"torch": peer},
-        _as_rows(entry),
+        _whole(entry, correction),
     )
-
-
-def _cache_plan(shape: MoEShape, n_tokens: int, dtype: torch.dtype, device: str, seed: int) -> Case | None:
-    """A plan over a full cache with two layers' predictions; it changes the books, and every replay plans on."""
-    if n_tokens * shape.top_k > MAX_PLANNED_PAIRS:
-        return None
-    random = _Random(torch.float32, device, seed)
-    n_slots = min(CACHE_SLOTS, shape.n_layers * shape.n_experts * 3 // 4)
-    spare = min(MAX_PLANNED_PAIRS, n_slots // 4)
-    capacity = n_slots - 2 * spare
-
-    def empty() -> DeviceCache:
-        return DeviceCache.empty(
-            shape.n_layers, shape.n_experts, capacity=capacity, staging=spare, transient=spare,
-            protected_capacity=slru_protected(capacity), device=device,
-        )  # fmt: skip
-
-    ids, _ = random.routing(n_tokens, shape)
-    predicted = torch.stack([random.routing(1, shape)[0][0] for _ in range(min(2, shape.n_layers))])
-    cache = empty()
-    plan = CachePlan.empty(ids, predicted.numel())
-
-    def ours() -> Tensor:
-        return _books(cache, cache_plan(cache, 0, ids, predicted, plan))
-
-    def exact() -> Tensor:
-        expected = empty()
-        return _books(expected, cache_plan_reference(expected, 0, ids, predicted))
-
-    return Case(ours, exact, _flashlib(shape, ids, n_slots))
-
-
-def _books(cache: DeviceCache, plan: CachePlan) -> Tensor:
-    """All that a plan decides, int64, in one tensor; entries of the copy list past its end are undefined and set to 0."""
-    listed = torch.arange(len(plan.copy_keys), device=plan.copy_keys.device) < plan.copy_bounds[2]
-    copies = (torch.where(listed, entries, 0) for entries in (plan.copy_keys, plan.copy_slots))
-    state = cache.slot_of, cache.key_of, cache.segment, cache.stamp, cache.clock, cache.counters
-    return torch.cat([part.flatten().long() for part in (*state, plan.slot_ids, plan.copy_bounds, *copies)])
 
 
 def _gather_rows(shape: MoEShape, n_tokens: int, dtype: torch.dtype, device: str, seed: int) -> Case | None:
@@ -216,46 +176,44 @@ def _gather_rows(shape: MoEShape, n_tokens: int, dtype: torch.dtype, device: str
     return Case(ours, lambda: rows.flip(0).to(device))
 
 
-def _flashlib(shape: MoEShape, ids: Tensor, n_slots: int) -> dict[str, Callable[[], object]]:
-    """flashlib 0.4's LRU admission (Apache-2.0) over as many slots, where that package is installed: plain LRU, no predictions."""
-    try:
-        from flashlib.kernels.slot_cache.triton.lru_ensure import lru_ensure
-    except ImportError:
-        return {}
-    integers: dict[str, Any] = {"dtype": torch.int32, "device": ids.device}
-    query = ids.flatten().contiguous()  # of layer 0: expert ids are keys
-    slot_of = torch.full((shape.n_layers * shape.n_experts,), -1, **integers)
-    key_of, used = torch.full((n_slots,), -1, **integers), torch.zeros(n_slots, **integers)
-    step, slots = torch.zeros((), **integers), torch.empty_like(query)
-    source, target = torch.empty_like(query), torch.empty_like(query)
-    n_copies = torch.zeros((), dtype=torch.int64, device=ids.device)
-    return {"flashlib lru_ensure": lambda: lru_ensure(query, slot_of, key_of, used, step, slots, source, target, n_copies)}
-
-
 def _quantised(how: QuantFormat) -> MakeCase:
     def make(shape: MoEShape, n_tokens: int, dtype: torch.dtype, device: str, seed: int) -> Case | None:
         if how.group is not None and (shape.hidden % how.group or shape.intermediate % how.group):
             return None
-        random = _Random(dtype, device, seed)
+        random, pool = _Random(dtype, device, seed), _quantised_pool(how, shape, dtype, device)
         geometry = QuantisedGeometry(shape.hidden, shape.intermediate, dtype, how=how)
-        pool = torch.empty(shape.n_experts, geometry.row_bytes, dtype=torch.uint8, device=device)
-        for expert, row in enumerate(pool):
-            if expert < shape.top_k:
-                geometry.pack(random.matrix(*geometry.gate_up_shape), random.matrix(*geometry.down_shape), row)
-            else:  # quantising every one takes longer than all that is measured
-                row.copy_(pool[expert % shape.top_k])
         entries = torch.arange(shape.n_experts, dtype=torch.int32, device=device)[None]
         ids, weights = random.routing(n_tokens, shape)
+        if n_tokens == 1:  # calls after each other read other experts, so that none is in L2
+            ids = (torch.arange(shape.top_k, dtype=torch.int32, device=device)[None] + seed * shape.top_k) % shape.n_experts
         call = MoECall(random.normal(n_tokens, shape.hidden), ids, weights, QuantisedTable(geometry, (pool,), entries), 0)
+        missed = torch.zeros(1, dtype=torch.int32, device=device)
         return Case(
-            lambda: moe_mlp(call),
+            lambda: moe_mlp(call, missed=missed),
             lambda: moe_mlp_reference(call, torch.float64)[0],
             {},
-            pool[ids.unique().long()].contiguous(),
+            (pool, distinct(ids)),
         )
 
     return make
 
 
-def _as_rows(weights: Tensor) -> Tensor:
-    return weights.contiguous().view(torch.uint8).view(-1, weights.shape[-1] * weights.element_size())
+@lru_cache(maxsize=1)
+def _quantised_pool(how: QuantFormat, shape: MoEShape, dtype: torch.dtype, device: str) -> Tensor:
+    """uint8 [E, row_bytes]; k experts are quantised, and the others copies of them: quantising all takes longer than what is measured."""
+    geometry, random = QuantisedGeometry(shape.hidden, shape.intermediate, dtype, how=how), _Random(dtype, device, 0)
+    pool = torch.empty(shape.n_experts, geometry.row_bytes, dtype=torch.uint8, device=device)
+    for expert, row in enumerate(pool if device != "meta" else ()):
+        if expert < shape.top_k:
+            geometry.pack(random.matrix(*geometry.gate_up_shape), random.matrix(*geometry.down_shape), row)
+        else:
+            row.copy_(pool[expert % shape.top_k])
+    return pool
+
+
+def _whole(*weights: Tensor) -> tuple[Tensor, Tensor]:
+    """All bytes of `weights`, as rows that are read once each; the last is filled up."""
+    parts = [part.contiguous().view(torch.uint8).flatten() for part in weights]
+    parts.append(parts[0].new_zeros(-sum(map(len, parts)) % READ_BYTES))
+    rows = torch.cat(parts).view(-1, READ_BYTES)
+    return rows, torch.arange(len(rows), dtype=torch.int32, device=rows.device)

@@ -26,7 +26,7 @@ from scripts.gpu.shapes import MoEShape
 
 @dataclass(frozen=True)
 class Problem:
-    """One layer call: T tokens routed over one set of weights, in the pool's layout and as plain tensors (views of the pool)."""
+    """One layer call: T tokens routed over one set of weights, in the pool's layout and as plain tensors of their own."""
 
     x: Tensor  # [T, H]
     ids: Tensor  # int64 [T, k]
@@ -35,22 +35,21 @@ class Problem:
     gate_up: Tensor  # [E, 2I, H], contiguous
     down: Tensor  # [E, H, I], contiguous
 
-    @property
-    def touched(self) -> Tensor:
-        """int32, the distinct experts."""
-        return self.ids.unique().int()
+
+Call = Callable[[], Tensor]
+Prepare = Callable[[Problem], Call]  # what happens here happens before the clock starts
 
 
 def make_problem(shape: MoEShape, n_tokens: int, dtype: torch.dtype, device: str, seed: int) -> Problem:
     """Unit-scale random weights, uniform random routing. Takes twice the layer's weights in memory: both layouts."""
-    random = torch.Generator(device).manual_seed(seed)
+    random = generator(device, seed)
     n_experts, geometry = shape.n_experts, shape.geometry(dtype)
     pool = torch.empty(n_experts, geometry.row_bytes, dtype=torch.uint8, device=device)
     entries = torch.arange(n_experts, dtype=torch.int32, device=device)[None]
     table = ExpertTable(geometry, (pool,), entries)
     gate_up = torch.empty(n_experts, *geometry.gate_up_shape, dtype=dtype, device=device)
     down = torch.empty(n_experts, *geometry.down_shape, dtype=dtype, device=device)
-    for expert in range(n_experts):
+    for expert in range(n_experts if device != "meta" else 0):
         for source, target in zip((gate_up[expert], down[expert]), _row(table, expert), strict=True):
             source.normal_(generator=random).mul_(source.shape[1] ** -0.5)
             target.copy_(source)
@@ -62,11 +61,21 @@ def make_problem(shape: MoEShape, n_tokens: int, dtype: torch.dtype, device: str
 
 def torch_loop(p: Problem) -> Tensor:
     """One expert at a time; asks the device which are touched."""
-    out = torch.zeros_like(p.x)
+    return _expert_by_expert(p, p.x.dtype)
+
+
+def reference(p: Problem) -> Tensor:
+    """The same, all arithmetic in fp32: what timed results are compared with."""
+    return _expert_by_expert(p, torch.float32)
+
+
+def _expert_by_expert(p: Problem, dtype: torch.dtype) -> Tensor:
+    x, weights = p.x.to(dtype), p.weights.to(dtype)
+    out = torch.zeros_like(x)
     for expert in p.ids.unique().tolist():
         token, rank = torch.where(p.ids == expert)
-        gate, up = linear(p.x[token], p.gate_up[expert]).chunk(2, dim=-1)
-        out.index_add_(0, token, linear(silu(gate) * up, p.down[expert]) * p.weights[token, rank, None])
+        gate, up = linear(x[token], p.gate_up[expert].to(dtype)).chunk(2, dim=-1)
+        out.index_add_(0, token, linear(silu(gate) * up, p.down[expert].to(dtype)) * weights[token, rank, None])
     return out
 
 
@@ -81,32 +90,52 @@ def torch_grouped(p: Problem) -> Tensor:
     return torch.empty_like(rows).index_copy_(0, order, rows).view(*p.ids.shape, -1).sum(1)
 
 
-def from_transformers(implementation: str) -> Callable[[Problem], Tensor]:
+def as_is(run: Callable[[Problem], Tensor]) -> Prepare:
+    """A provider with nothing to prepare."""
+    return lambda p: lambda: run(p)
+
+
+def from_transformers(implementation: str) -> Prepare:
     """transformers' own experts module with one of its implementations."""
 
-    def run(p: Problem) -> Tensor:
-        return _experts(p, implementation)(p.x, p.ids, p.weights)
+    def prepare(p: Problem) -> Call:
+        experts = _experts(p, implementation)
+        return lambda: experts(p.x, p.ids, p.weights)
 
-    return run
+    return prepare
 
 
-def ours(kernel: Callable[[MoECall], Tensor]) -> Callable[[Problem], Tensor]:
+def ours(kernel: Callable[..., Tensor]) -> Prepare:
     """One of this project's kernels, through the slot table."""
-    return lambda p: kernel(MoECall(p.x, p.ids, p.weights, p.table, 0))
+
+    def prepare(p: Problem) -> Call:
+        call = MoECall(p.x, p.ids, p.weights, p.table, 0)
+        missed = torch.zeros(1, dtype=torch.int32, device=p.x.device)  # one for all calls, as in the runtime
+        return lambda: kernel(call, missed=missed)
+
+    return prepare
 
 
-PROVIDERS: dict[str, Callable[[Problem], Tensor]] = {
-    "torch_loop": torch_loop,
-    "torch_grouped_mm": torch_grouped,
-    "transformers_eager": from_transformers("eager"),
-    "transformers_batched_mm": from_transformers("batched_mm"),
+OURS = {"ours_decode": ours(decode_mlp), "ours_grouped": ours(grouped_mlp), "ours": ours(moe_mlp)}
+PEERS: dict[str, Prepare] = {
+    "sorted_padded": as_is(lambda p: sorted_padded_mlp(p.x, p.ids, p.weights, p.gate_up, p.down)),
+    "torch_grouped_mm": as_is(torch_grouped),
     "transformers_grouped_mm": from_transformers("grouped_mm"),
-    "sorted_padded": lambda p: sorted_padded_mlp(p.x, p.ids, p.weights, p.gate_up, p.down),
-    "ours_decode": ours(decode_mlp),
-    "ours_grouped": ours(grouped_mlp),
-    "ours": ours(moe_mlp),
+    "transformers_batched_mm": from_transformers("batched_mm"),
+    "transformers_eager": from_transformers("eager"),
+    "torch_loop": as_is(torch_loop),
 }
-OURS = ("ours_decode", "ours_grouped", "ours")
+PROVIDERS = OURS | PEERS  # ours first: a peer that breaks the process must not take our times along
+
+
+def generator(device: str, seed: int) -> torch.Generator | None:
+    """Random numbers from `seed`; none where tensors have no memory."""
+    return None if device == "meta" else torch.Generator(device).manual_seed(seed)
+
+
+def distinct(ids: Tensor) -> Tensor:
+    """int32, the distinct experts of `ids`; of a tensor without memory, as many as there are pairs."""
+    return (ids.flatten() if ids.is_meta else ids.unique()).int()
 
 
 def _experts(p: Problem, implementation: str) -> Qwen3MoeExperts:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from kernels.decode_mlp import decode_mlp
 from kernels.device_cache import CachePlan
@@ -25,13 +26,13 @@ class TransferRate:
     """One way to move, or to read in place, experts of one shape; bytes per second, median, over `n_experts` at a time."""
 
     shape: str
-    way: str  # "copy engine", whole rows or in chunks | "copy by a kernel" | "read in place by decode_mlp"
+    way: str  # "copy engine, ..." | "copy by a kernel" | "read in place by decode_mlp"
     row_bytes: int
     n_experts: int
     bytes_per_s: float
 
 
-def transfer_rates(shape: MoEShape, dtype: torch.dtype) -> list[TransferRate]:
+def transfer_rates(shape: MoEShape, dtype: torch.dtype) -> Iterator[TransferRate]:
     """All ways, for as many experts as one token of the model needs and pinned memory allows."""
     geometry = shape.geometry(dtype)
     n_experts = max(1, min(shape.top_k, MAX_PINNED_BYTES // geometry.row_bytes))
@@ -39,7 +40,7 @@ def transfer_rates(shape: MoEShape, dtype: torch.dtype) -> list[TransferRate]:
     slots = torch.empty_like(pinned, device="cuda")
 
     def copy() -> None:
-        for expert in range(n_experts):  # one copy an expert, as the runtime does
+        for expert in range(n_experts):  # one copy an expert
             slots[expert].copy_(pinned[expert], non_blocking=True)
 
     def copy_in_chunks() -> None:
@@ -47,33 +48,42 @@ def transfer_rates(shape: MoEShape, dtype: torch.dtype) -> list[TransferRate]:
             for source, target in zip(pinned[expert].split(CHUNK_BYTES), slots[expert].split(CHUNK_BYTES), strict=True):
                 target.copy_(source, non_blocking=True)
 
-    row_of = addresses_of(pinned)[None].cuda()
-    plan = CachePlan.empty(torch.empty(1, n_experts, dtype=torch.int32, device="cuda"), 0)
+    copy_by_kernel, read_in_place = _by_kernels(shape, dtype, pinned, slots)
+    for way, run in (
+        ("copy engine, queued", copy),
+        (f"copy engine, queued chunks of {CHUNK_BYTES >> 20} MiB", copy_in_chunks),
+        ("copy by a kernel", copy_by_kernel),
+        ("read in place by decode_mlp", read_in_place),
+    ):
+        yield TransferRate(shape.name, way, geometry.row_bytes, n_experts, pinned.numel() / _median_s(run))
+
+
+def rehearse_transfer_rates(shape: MoEShape, dtype: torch.dtype) -> None:
+    """Launch what `transfer_rates` launches, on tensors without memory."""
+    rows = torch.empty(max(1, shape.top_k), shape.geometry(dtype).row_bytes, dtype=torch.uint8, device="meta")
+    for run in _by_kernels(shape, dtype, rows, rows):
+        run()
+
+
+def _by_kernels(
+    shape: MoEShape, dtype: torch.dtype, rows: Tensor, slots: Tensor
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Copy `rows` [n, row_bytes] to `slots`; read them in place for one token."""
+    n_experts, device = len(rows), slots.device
+    row_of = addresses_of(rows)[None].to(device)
+    plan = CachePlan.empty(torch.empty(1, n_experts, dtype=torch.int32, device=device), 0)
     plan.copy_keys.copy_(torch.arange(n_experts))
     plan.copy_slots.copy_(torch.arange(n_experts))
     plan.copy_bounds.copy_(torch.tensor([0, n_experts, n_experts]))
-
-    def copy_by_kernel() -> None:
-        gather_rows(slots, row_of, plan)
-
-    table = ExpertTable(geometry, (pinned,), row_of)
-    x = torch.ones(1, shape.hidden, dtype=dtype, device="cuda")
-    ids = torch.arange(n_experts, device="cuda")[None]
-    call = MoECall(x, ids, torch.full((1, n_experts), 1 / n_experts, device="cuda"), table, 0)
+    table = ExpertTable(shape.geometry(dtype), (rows,), row_of)
+    x = torch.ones(1, shape.hidden, dtype=dtype, device=device)
+    ids = torch.arange(n_experts, device=device)[None]
+    call = MoECall(x, ids, torch.full((1, n_experts), 1 / n_experts, device=device), table, 0)
 
     def read_in_place() -> None:
         decode_mlp(call)
 
-    n_bytes = pinned.numel()
-    return [
-        TransferRate(shape.name, way, geometry.row_bytes, n_experts, n_bytes / _median_s(run))
-        for way, run in (
-            ("copy engine", copy),
-            (f"copy engine, chunks of {CHUNK_BYTES >> 20} MiB", copy_in_chunks),
-            ("copy by a kernel", copy_by_kernel),
-            ("read in place by decode_mlp", read_in_place),
-        )
-    ]
+    return lambda: gather_rows(slots, row_of, plan), read_in_place
 
 
 def _median_s(run: Callable[[], None]) -> float:

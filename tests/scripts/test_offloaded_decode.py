@@ -8,19 +8,21 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.launch import Launch, recorded_launches
 from kernels.quantised import QuantFormat
 from prefetch.cache.lru import Lru
 from prefetch.cache.replay import replay_hits
 from prefetch.errors import CapacityError
 from prefetch.geometry import ExpertKey
 from scripts.gpu import decode_scene
-from scripts.gpu.decode_model import DECODE_SHAPES, DecodeShape
+from scripts.gpu.decode_model import DECODE_SHAPES, DecodeModel, DecodeShape
 from scripts.gpu.decode_scene import Machine, Scene, Setting
 from scripts.gpu.generated_routing import RoutingStatistics, generated_routing, guesses_of
-from scripts.gpu.offloaded_decode import decode_speeds
+from scripts.gpu.offloaded_decode import decode_speeds, rehearse_decode
 from scripts.gpu.shapes import MoEShape
 from tests.kernels.interpreter_bf16 import repair
 from tests.prefetch.transfers.stand_in_driver import COMPUTE_STREAM, StandInDriver
+from tests.scripts.launched_programs import programs
 
 TOY = DecodeShape(
     MoEShape("toy", hidden=64, n_experts=8, top_k=2, intermediate=32, n_layers=2),
@@ -36,28 +38,36 @@ def machine(tmp_path: Path) -> Machine:
 def toy(how: QuantFormat | None, n_slots: int) -> Setting:
     knobs = {"n_context": 16, "n_tokens": 3, "n_warmup": 1, "n_repeats": 1, "dtype": torch.float32, "reserve_bytes": 0}
     row_bytes = Setting(TOY, how, 0, **knobs).geometry.expert.row_bytes
-    return Setting(TOY, how, n_slots * row_bytes, **knobs)
+    model_bytes = DecodeModel(TOY, 16, torch.float32, torch.device("meta")).n_bytes
+    return Setting(TOY, how, n_slots * row_bytes + model_bytes, **knobs)
 
 
 @pytest.mark.parametrize("how", [None, QuantFormat("int4", 32)], ids=str)
 def test_all_arms_decode_the_same_tokens_and_count_alike(
-    how: QuantFormat | None, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    how: QuantFormat | None, machine: Machine, monkeypatch: pytest.MonkeyPatch, launched: list[Launch]
 ) -> None:
     repair()
     monkeypatch.setattr(decode_scene, "N_DISTINCT", 12)
     monkeypatch.setattr(decode_scene, "N_PACKED", 4)
     found = {(speed.driven_by, speed.arm): speed for speed in decode_speeds(machine, toy(how, 12))}
-    assert set(found) == {(by, arm) for by in ("device", "host") for arm in ("slru", "gate_reuse", "oracle")} | {
+    assert set(found) == {(by, arm) for by in ("device", "host") for arm in ("slru", "lru", "gate_reuse", "oracle")} | {
         ("nobody", "resident")
     }
     assert all(speed.skipped is None and speed.lowest <= speed.tokens_per_s <= speed.highest for speed in found.values())
     assert {speed.experts for speed in found.values()} == {"float32" if how is None else str(how)}
     assert {speed.n_slots for (by, _), speed in found.items() if by != "nobody"} == {12}
-    assert found["device", "slru"].hit_rate == found["host", "slru"].hit_rate  # the same policy, on the device and on the host
-    assert found["device", "slru"].moved_bytes_per_token == found["host", "slru"].moved_bytes_per_token
-    assert found["device", "oracle"].hit_rate > found["device", "slru"].hit_rate
+    for policy in ("slru", "lru"):  # the same, on the device and on the host
+        assert found["device", policy].hit_rate == found["host", policy].hit_rate
+        assert found["device", policy].moved_bytes_per_token == found["host", policy].moved_bytes_per_token
+    best = found["device", "oracle"].policy
+    assert found["device", best].hit_rate == max(found["device", policy].hit_rate for policy in ("slru", "lru"))
+    assert found["device", "oracle"].hit_rate > found["device", best].hit_rate
+    assert all(speed.agrees and speed.n_repeats == 1 for speed in found.values())
     assert found["nobody", "resident"].hit_rate == 1.0 and found["nobody", "resident"].moved_bytes_per_token == 0
     assert all(speed.stall_s_per_token is not None for speed in found.values())
+    with recorded_launches() as rehearsed:
+        rehearse_decode(toy(how, 12))
+    assert programs(launched) <= programs(rehearsed)
 
 
 def test_a_card_that_is_too_small_is_refused(machine: Machine) -> None:
