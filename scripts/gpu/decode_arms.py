@@ -184,6 +184,7 @@ class ReplayedGuesses(Predictor):
     """Guesses for the next layer that were made beforehand."""
 
     name = "replayed"
+    on_device = True  # it reads no state: none has to come to the host for it
 
     def __init__(self, guesses: Ids, n_experts: int):
         self.guesses, self.n_experts, self.token = torch.from_numpy(guesses), n_experts, 0

@@ -21,7 +21,6 @@ import torch
 
 from experiments.statistics import spread
 from kernels.moe_call import MoECall
-from kernels.moe_parts import MoEParts
 from kernels.quantised_experts import expert_table
 from prefetch.geometry import ExpertKey
 from prefetch.slots import SlotPool
@@ -29,6 +28,7 @@ from prefetch.transfers.pinned import PinnedSource, SlotFences
 from prefetch.transfers.threads import ThreadTransfers
 from scripts.gpu.decode_arms import N_THREADS, Arm, DeviceArm, GeneratedSource, HostArm, ResidentArm, Tally, kinds
 from scripts.gpu.decode_scene import Machine, Scene, Setting
+from scripts.gpu.parts import computed_in_parts
 
 CHUNK_BYTES = 2 << 20
 
@@ -95,9 +95,7 @@ def rehearse_decode(setting: Setting) -> None:
     call = MoECall(
         scene.model.x, ids, weights, expert_table(geometry.expert, (slots,), entries), 0
     )  # as the host's compute does
-    parts = MoEParts(call, torch.zeros(1, dtype=torch.int32, device=device))
-    parts.add(torch.arange(3, device=device))
-    parts.finish()
+    computed_in_parts(call, [range(3)])
 
 
 def _device_driven(scene: Scene, n_slots: int, mapped_rows: int, end_s: float) -> list[ArmSpeed]:

@@ -12,7 +12,6 @@ from kernels.decode_mlp import decode_mlp
 from kernels.gated_activation import CLAMPED_SWIGLU
 from kernels.grouped_mlp import grouped_mlp
 from kernels.moe_call import MoECall, moe_mlp_reference
-from kernels.moe_parts import MoEParts
 from kernels.read_only import read_rows, read_rows_reference
 from kernels.route_and_predict import route_and_predict
 from kernels.router_call import RouterCall, route_and_predict_reference
@@ -20,6 +19,7 @@ from kernels.routing import Routing
 from kernels.slot_table import ExpertTable, addresses_of
 from scripts.gpu.correctness import TOLERANCES, Verdict, compared, name_of
 from scripts.gpu.forked import first_line
+from scripts.gpu.parts import computed_in_parts
 from scripts.gpu.providers import generator, make_problem
 from scripts.gpu.shapes import MoEShape
 
@@ -129,13 +129,8 @@ def _parts(n_tokens: int) -> Callable[[torch.dtype, str], Variant]:
         p = make_problem(LAYER, n_tokens, dtype, device, seed=3)
         call = MoECall(p.x, p.ids, p.weights, p.table, 0)
 
-        def found() -> Tensor:
-            parts = MoEParts(call, torch.zeros(1, dtype=torch.int32, device=device))
-            for first in range(2):
-                parts.add(torch.arange(first, call.n_pairs, 2, device=device))
-            return parts.finish()
-
-        return Variant(found, lambda: moe_mlp_reference(call, torch.float64)[0])
+        cuts = [range(first, call.n_pairs, 2) for first in range(2)]
+        return Variant(lambda: computed_in_parts(call, cuts), lambda: moe_mlp_reference(call, torch.float64)[0])
 
     return make
 
