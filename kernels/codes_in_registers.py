@@ -26,8 +26,36 @@ def nibble(code, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def e4m3(code):  # type: ignore[no-untyped-def]
     """The fp32 number that a uint8 code stands for, not yet scaled."""
+    return e4m3_over_256(code) * 256.0
+
+
+@triton.jit
+def e4m3_over_256(code):  # type: ignore[no-untyped-def]
+    """The same, a power of two too small: a factor that a sum takes once."""
     bits = code.to(tl.int16)
-    return (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return (((bits & 128) << 8) | ((bits & 127) << 7)).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def int8_of_word(words, BYTE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The fp32 number of byte `BYTE` of each int32."""
+    return ((words << (24 - 8 * BYTE)) >> 24).to(tl.float32)
+
+
+@triton.jit
+def nibbles_of_word(words, BIT: tl.constexpr, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The nibbles from bits `BIT` and `BIT` + 16 of each int32 on, in fp32: number / 2^14 in mxfp4, (8 + number) / 2^24 in int4.
+
+    Both become fp16 at once, which holds an int4 with its sign turned as a subnormal. Who multiplies many of those and sums them subtracts
+    8 / 2^24 times the sum of the other factors once.
+    """
+    if KIND == INT4:
+        halves = ((words >> BIT) & 0xF000F) ^ 0x80008
+    else:
+        placed = words << (9 - BIT) if BIT <= 9 else words >> (BIT - 9)
+        halves = (placed & 0xE000E00) | ((words << (12 - BIT)) & -0x7FFF8000)
+    low = halves.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return low, (halves >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit

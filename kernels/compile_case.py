@@ -24,6 +24,7 @@ class Expectations:
 
     max_registers: int = 128  # per thread: 4 programs of 4 warps stay resident on an NVIDIA multiprocessor
     wide_loads: bool = False  # 16-byte loads from global memory
+    kilobytes_in_flight: int = 0  # of a program, in 16-byte loads: what hides the latency of memory
     tensor_cores: bool = False  # matrix instructions
 
 

@@ -31,7 +31,7 @@ from kernels.pair_groups import PairGroups, group_launch
 from kernels.quantised_experts import QuantisedTable
 from kernels.slot_table import expert_rows
 
-COMBINE_COLUMNS = 1024
+COMBINE_COLUMNS = 256  # 16-byte loads of one warp: warps take turns on the ranks, and a thread has few loads to wait for
 TILES_IN_A_ROW = 8  # tiles that take turns on one block of weights while it is in L2
 
 Arguments = dict[str, Tensor | int | float | bool | None]  # of a launch, by name
@@ -158,6 +158,7 @@ def combine_launch(call: MoECall, rows: Tensor, out: Tensor, missed: Tensor) -> 
             "n_experts": call.table.n_experts,
             "top_k": call.top_k,
             "HIDDEN": call.table.geometry.hidden,
+            "RANKS": triton.next_power_of_2(call.top_k),
             "COLUMNS": COMBINE_COLUMNS,
         },
     )
@@ -296,20 +297,21 @@ def _down_kernel(  # type: ignore[no-untyped-def]
 def _combine_kernel(  # type: ignore[no-untyped-def]
     rows_ptr, ids_ptr, weights_ptr, shared_ptr, residual_ptr, out_ptr, missed_ptr,
     n_experts, top_k,
-    HIDDEN: tl.constexpr, COLUMNS: tl.constexpr,
+    HIDDEN: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out[token, columns]. Pairs without a known expert have no row: they are skipped, and ids past the last are missed."""
+    """out[token, columns]: all rows of the token at once, so that their loads are in flight together. Pairs without a known expert have no row: they are skipped, and ids past the last are missed."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([COLUMNS], tl.float32)
-    for rank in range(0, top_k):
-        pair = token * top_k + rank
-        expert = tl.load(ids_ptr + pair)
-        if expert >= n_experts:
-            tl.store(missed_ptr, 1)
-        known = (expert >= 0) & (expert < n_experts) & (column < HIDDEN)
-        row = tl.load(rows_ptr + pair * HIDDEN + column, mask=known, other=0).to(tl.float32)
-        total += tl.load(weights_ptr + pair).to(tl.float32) * row
+    rank = tl.arange(0, RANKS)
+    pair = token * top_k + rank
+    expert = tl.load(ids_ptr + pair, mask=rank < top_k, other=-1)
+    weight = tl.load(weights_ptr + pair, mask=rank < top_k, other=0).to(tl.float32)
+    if tl.max(expert, axis=0) >= n_experts:
+        tl.store(missed_ptr, 1)
+    known = (expert >= 0) & (expert < n_experts)
+    inside = known[:, None] & (column < HIDDEN)[None, :]
+    rows = tl.load(rows_ptr + pair[:, None] * HIDDEN + column[None, :], mask=inside, other=0).to(tl.float32)
+    total = tl.sum(rows * weight[:, None], axis=0)
     offset = token * HIDDEN + column
     if shared_ptr is not None:
         total += tl.load(shared_ptr + offset, mask=column < HIDDEN, other=0).to(tl.float32)

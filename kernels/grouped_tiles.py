@@ -30,7 +30,8 @@ def grouped_tiles(n_pairs: int, n_experts: int, dtype: torch.dtype) -> GroupedTi
     rows = min(max(triton.next_power_of_2(2 * n_pairs // n_experts), 16), largest)
     if rows == 16:
         return GroupedTiles(rows, columns=64, depth=256 // dtype.itemsize, num_warps=4, num_stages=4)
-    return GroupedTiles(rows, largest, depth=1024 // rows if exact else 64, num_warps=8 if rows == largest else 4, num_stages=3)
+    num_warps = 4 if rows < largest or exact else 8  # ptxas of Triton 3.6.0 spilled fp32's tiles over 8 warps
+    return GroupedTiles(rows, largest, depth=1024 // rows if exact else 64, num_warps=num_warps, num_stages=3)
 
 
 def quantised_tiles(n_pairs: int, n_experts: int, dtype: torch.dtype, how: QuantFormat) -> GroupedTiles:

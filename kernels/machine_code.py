@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from kernels.compile_case import CompileCase, Expectations
 from kernels.launch import Launch
+from kernels.loads_in_flight import cuda_loads_in_flight, hip_loads_in_flight
 
 TYPE_NAMES = {
     torch.float32: "fp32",
@@ -61,7 +62,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of one case on one part. Counts are static instructions."""
+    """What the compiler made of one case on one part. Counts are static instructions; `loads_in_flight` are 16-byte loads of a thread."""
 
     kernel: str
     case: str
@@ -71,7 +72,13 @@ class Report:
     spill_bytes: int
     shared_bytes: int
     wide_loads: int
+    loads_in_flight: int
     tensor_core_instructions: int
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """Of a program."""
+        return 16 * self.loads_in_flight * self.num_warps * PARTS[self.part].target.warp_size
 
 
 def compile_case(case: CompileCase, part: Part) -> Report:
@@ -99,6 +106,10 @@ def violations(report: Report, expect: Expectations) -> list[str]:
         (report.registers > expect.max_registers, f"{report.registers} registers > {expect.max_registers}"),
         (report.shared_bytes > limit, f"{report.shared_bytes} bytes of shared memory > {limit}"),
         (expect.wide_loads and not report.wide_loads, "no 16-byte loads"),
+        (
+            report.bytes_in_flight < 1024 * expect.kilobytes_in_flight,
+            f"{report.bytes_in_flight} bytes of loads in flight < {1024 * expect.kilobytes_in_flight}",
+        ),
         (expect.tensor_cores and not report.tensor_core_instructions, "no tensor-core instructions"),
     ]
     return [f"{report.kernel} {report.case} {report.part}: {fault}" for wrong, fault in faults if wrong]
@@ -146,6 +157,7 @@ def _count_cuda(compiled: Any, part: Part) -> dict[str, int]:
         "registers": int(_first(r"\bREG:(\d+)", dump)),
         "spill_bytes": int(_first(r"\bSTACK:(\d+)", dump)),  # Triton puts nothing else on the stack
         "wide_loads": len(re.findall(r"\bLDG\.E\S*\.(?:128|256)|\bLDGSTS\.E\S*\.128|\bUBLKCP|\bUTMALDG", dump)),
+        "loads_in_flight": cuda_loads_in_flight(dump),
         "tensor_core_instructions": len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA|QMMA|IMMA|IGMMA|UTC\w*MMA)\b", dump)),
     }
 
@@ -156,6 +168,7 @@ def _count_hip(compiled: Any) -> dict[str, int]:
         "registers": int(_first(r"\.vgpr_count:\s+(\d+)", text)),
         "spill_bytes": 4 * int(_first(r"\.vgpr_spill_count:\s+(\d+)", text)),
         "wide_loads": len(re.findall(r"(?:global|buffer|flat)_load_dwordx4", text)),
+        "loads_in_flight": hip_loads_in_flight(text),
         "tensor_core_instructions": text.count("v_mfma"),
     }
 

@@ -17,7 +17,7 @@ from kernels.moe_call import MoECall
 from kernels.quantised_experts import QuantisedTable
 from prefetch.errors import KernelInputError
 
-GROUPED_ABOVE = 1.3  # pairs per touched expert
+GROUPED_ABOVE = 1.2  # pairs per touched expert
 PATHS = {"decode": decode_mlp, "grouped": grouped_mlp}
 QUANTISED_PATHS = {"decode": decode_quantised, "grouped": grouped_mlp}
 

@@ -61,6 +61,10 @@ def test_what_the_machine_code_satisfies(compiled: list[dict[str, str]]) -> None
         assert int(row["shared_bytes"]) <= shared_limits[row["part"]], row
         if row["kernel"].startswith("decode_mlp."):
             assert int(row["registers"]) <= 128 and int(row["wide_loads"]) > 0, row
+            least = 0 if "fp32" in row["case"] else 4 if row["part"] == "gfx942" else 8  # gfx942's warps have 64 lanes
+            assert int(row["loads_in_flight"]) >= least, row
+        if row["kernel"].startswith("decode_quantised.") and row["part"] != "gfx942":
+            assert int(row["loads_in_flight"]) >= 4, row
         if row["kernel"] in ("grouped_mlp.gate_up_kernel", "grouped_mlp.down_kernel") and "fp32" not in row["case"]:
             assert int(row["tensor_core_instructions"]) > 0 and int(row["wide_loads"]) > 0, row
 
@@ -86,15 +90,16 @@ for name, call in list(quantised_calls(tokens=(512,)))[:5]:
 
 
 def test_each_fault_is_reported() -> None:
-    good = Report("k", "c", "gfx942", num_warps=4, registers=128, spill_bytes=0, shared_bytes=65536, wide_loads=1, tensor_core_instructions=1)  # fmt: skip
-    strict = Expectations(max_registers=128, wide_loads=True, tensor_cores=True)
+    good = Report("k", "c", "gfx942", num_warps=4, registers=128, spill_bytes=0, shared_bytes=65536, wide_loads=1, loads_in_flight=4, tensor_core_instructions=1)  # fmt: skip
+    strict = Expectations(max_registers=128, wide_loads=True, kilobytes_in_flight=16, tensor_cores=True)
     assert violations(good, strict) == []
-    bad = Report("k", "c", "gfx942", num_warps=4, registers=129, spill_bytes=4, shared_bytes=65537, wide_loads=0, tensor_core_instructions=0)  # fmt: skip
+    bad = Report("k", "c", "gfx942", num_warps=4, registers=129, spill_bytes=4, shared_bytes=65537, wide_loads=0, loads_in_flight=3, tensor_core_instructions=0)  # fmt: skip
     assert violations(bad, strict) == [
         "k c gfx942: spills 4 bytes",
         "k c gfx942: 129 registers > 128",
         "k c gfx942: 65537 bytes of shared memory > 65536",
         "k c gfx942: no 16-byte loads",
+        "k c gfx942: 12288 bytes of loads in flight < 16384",
         "k c gfx942: no tensor-core instructions",
     ]
 
