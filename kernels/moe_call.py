@@ -3,7 +3,7 @@
 out[t] = sum_j weights[t, j] * expert[ids[t, j]](x[t])  (+ shared[t]) (+ residual[t])
 expert(x) = down @ gated(gate_up @ x + gate_up_bias) + down_bias
 
-`decode_mlp` and `grouped_mlp` are two ways to compute it, `moe_mlp` chooses. Both sum over j in routing order, in fp32,
+`decode_mlp` and `grouped_mlp` are two ways to compute it, `moe_mlp` chooses. Both sum over j in one fixed order, in fp32,
 without atomics: two runs give the same bits.
 """
 

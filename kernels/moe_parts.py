@@ -1,7 +1,7 @@
 """The expert part of an MoE layer in parts: experts that are there now, the others as they arrive, one result.
 
 What is computed for a (token, expert) pair depends neither on the part that it is in nor on the others in it, and the sum over a
-token's experts is taken at the end, in routing order: two ways to cut a call give the same bits. An expert may leave its slot as
+token's experts is taken at the end, in one fixed order: two ways to cut a call give the same bits. An expert may leave its slot as
 soon as its part is enqueued and the slot's next writer waits for the stream.
 
 A part brings its own table and ids, as the host made them. With few tokens a part is two launches over its pairs alone, and nothing

@@ -32,7 +32,7 @@ class LayerCompute(ABC):
     """The expert part of one layer call, computed in parts as experts become available.
 
     The result has the same bits whatever the parts were: every pair's own work is done alike in each, and a token's experts are
-    summed in routing order at the end.
+    summed in one fixed order at the end.
     """
 
     def expect(self, keys: Sequence[ExpertKey], slots: Sequence[int]) -> None:
