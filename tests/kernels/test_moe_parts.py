@@ -111,11 +111,11 @@ def test_an_absent_expert_raises_the_flag() -> None:
 
 @pytest.mark.parametrize("n_tokens", [1, 2])
 def test_later_calls_of_the_same_sizes_are_right_too(n_tokens: int) -> None:
-    first = random_call(Sizes(n_tokens, 32, 16, 6, 2), torch.float32, 0, by_address=True)
+    first = random_call(Sizes(n_tokens, 32, 16, 12, 2), torch.float32, 0, by_address=True)
     missed = torch.zeros(1, dtype=torch.int32)
     kernels = kernels_of(first, missed)
     for seed in range(3):
-        other = random_call(Sizes(n_tokens, 32, 16, 6, 2), torch.float32, seed)
+        other = random_call(Sizes(n_tokens, 32, 16, 12, 2), torch.float32, seed)
         call = replace(first, x=other.x, ids=other.ids, weights=other.weights)
         parts = kernels.begin(call.x, call.ids, call.weights)
         assert isinstance(parts, DecodedParts)
