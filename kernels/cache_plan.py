@@ -218,14 +218,14 @@ def _plan_kernel(  # type: ignore[no-untyped-def]
         if (key >= 0) & (why < _PROBATION) & (ONE_TOKEN or _is_first(key, index, wanted, pair)):
             missing = at == SLOTS
             counts += (counter == tl.where(missing, _MISSES, _USEFUL)).to(tl.int64)
-            if n_probation >= capacity - protected_capacity:
+            if n_probation + n_protected >= capacity:
                 victim = tl.min(tl.where((segment == _PROBATION) & ~in_use, stamp * SLOTS + slot, _NEVER))
                 if victim < _NEVER:
                     key_of = tl.where(slot == victim % SLOTS, -1, key_of)
                     segment = tl.where(slot == victim % SLOTS, _FREE, segment)
                     counts += (counter == _EVICTIONS).to(tl.int64)
                     n_probation -= 1
-            admitted = n_probation < capacity - protected_capacity
+            admitted = n_probation + n_protected < capacity
             if missing & (admitted | (n_staged + n_transient < n_slots - capacity)):
                 at = tl.min(tl.where(segment == _FREE, slot, SLOTS))
                 tl.store(copy_keys_ptr + n_copies, key)

@@ -6,7 +6,9 @@ so that a decode step needs no word from the host. A slot is in one segment:
 - transient: its expert was needed once and not admitted; free again at the next plan;
 - staged: a prefetch that no router has confirmed. It evicted nobody, and leaves when its layer routes without it;
 - probation, protected: the cache's members. Only the least recent of probation is ever evicted. A member that is needed
-  again moves to protected, whose surplus goes back to probation as its most recent.
+  again moves to protected, whose surplus goes back to probation as its most recent. Probation may hold whatever protected
+  leaves free (the host's `Slru(fill=True)`): confined to a fixed share it would lose each expert of a token before its second
+  use, wherever one token needs more experts than that share.
 With protected_capacity 0 that is plain LRU.
 """
 
@@ -183,11 +185,10 @@ class CacheBooks:
             self.touch(min(protected, key=self.stamp.__getitem__), Segment.PROBATION)
 
     def make_room(self, in_use: set[int]) -> bool:
-        """Room for one more in probation, by an eviction if need be; False if all of probation is in use."""
-        probation = self.holds(Segment.PROBATION)
-        if len(probation) < self.cache.capacity - self.cache.protected_capacity:
+        """Room for one more member, by an eviction if need be; False if all of probation is in use."""
+        if len(self.holds(Segment.PROBATION, Segment.PROTECTED)) < self.cache.capacity:
             return True
-        candidates = [slot for slot in probation if self.key[slot] not in in_use]
+        candidates = [slot for slot in self.holds(Segment.PROBATION) if self.key[slot] not in in_use]
         if candidates:
             self.free(min(candidates, key=self.stamp.__getitem__))
             self.counts[Counter.EVICTIONS] += 1
@@ -234,7 +235,7 @@ class CacheBooks:
 
 
 def slru_protected(capacity: int) -> int:
-    """Protected's share in `prefetch.cache.slru`: all but a quarter, of at least 1, for probation."""
+    """Protected's share in `prefetch.cache.slru`: all but a quarter, of at least 1, which probation always has."""
     return capacity - max(1, capacity // 4)
 
 

@@ -161,7 +161,7 @@ class HostArm(Arm):
         if self.name in RECALL:
             predictor = ReplayedGuesses(self.scene.guesses[self.name], geometry.n_experts)
         staging = STAGING_LAYERS * geometry.top_k if self.name in RECALL else 0
-        policy = Slru(self.n_slots - staging - geometry.top_k)
+        policy = Slru(self.n_slots - staging - geometry.top_k, fill=True)  # the device's rule
         tier = FastTier(self.pool, policy, self.transfers, staging=staging, transient=geometry.top_k)
         compute = KernelExperts(geometry, self.pool)
         self.runtime = OffloadRuntime(geometry, tier, predictor, TopM(), _no_reading, compute)
