@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.cache_plan import cache_plan, cache_plan_reference
-from kernels.device_cache import CachePlan, Counter, DeviceCache, Segment, slru_protected
+from kernels.device_cache import MAX_SLOTS, OLDEST, CachePlan, Counter, DeviceCache, Segment, slru_protected
 from prefetch.cache.base import CachePolicy
 from prefetch.cache.lru import Lru
 from prefetch.cache.slru import Slru
@@ -117,6 +117,18 @@ def test_kernel_equals_reference(run: tuple[DeviceCache, DeviceCache, list[Event
             want = tensors(theirs)
             assert {name: tensor.tolist() for name, tensor in tensors(mine).items()} == {n: t.tolist() for n, t in want.items()}
         check_books(ours, layer, ids, members)
+
+
+def test_kernel_equals_reference_where_members_are_older_than_32_bits_tell() -> None:
+    caches = [DeviceCache.empty(2, 8, capacity=6, staging=0, transient=2, protected_capacity=4) for _ in range(2)]
+    for cache, plan in zip(caches, (cache_plan, cache_plan_reference), strict=True):
+        for layer, ids in ((0, [0, 1, 2]), (1, [3, 4, 5]), (0, [0, 1, 2]), (1, [3])):
+            plan(cache, layer, torch.tensor([ids]).int())
+        cache.since[2:] += OLDEST + 20  # nearly as old as can be told: the next calls take some beyond
+        for layer, ids in ((1, [3, 4, 5]), (0, [6, 7]), (1, [0, 1]), (0, [0, 1, 2])):
+            plan(cache, layer, torch.tensor([ids]).int())
+    assert int(caches[0].since.min()) < OLDEST
+    assert [t.tolist() for t in caches[0].tensors] == [t.tolist() for t in caches[1].tensors]
 
 
 @given(drawn_runs())
@@ -245,7 +257,7 @@ def test_arguments_that_are_refused() -> None:
         DeviceCache.empty(2, 8, capacity=0, staging=1, transient=1)
     with pytest.raises(CapacityError, match="4 members .4 protected."):
         DeviceCache.empty(2, 8, capacity=4, staging=1, transient=1, protected_capacity=4)
-    with pytest.raises(KernelInputError, match="slots = 8193 must be between 1 and MAX_SLOTS = 8192"):
+    with pytest.raises(KernelInputError, match=f"slots = 8193 must be between 1 and MAX_SLOTS = {MAX_SLOTS}"):
         DeviceCache.empty(200, 64, capacity=8000, staging=193, transient=0)
     cache = DeviceCache.empty(2, 8, capacity=4, staging=1, transient=1)
     ids = torch.zeros(1, 3, dtype=torch.int32)
