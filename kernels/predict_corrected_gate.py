@@ -29,6 +29,7 @@ from kernels.launch import FLOAT_DTYPES, Launch, check_aligned, check_at_most, c
 from kernels.selection import check_arrivals, last_to_arrive
 
 MAX_RANK = 1024
+NUM_WARPS = 8
 TILE = 16_384  # weights of the correction in flight: 64 a thread
 
 
@@ -166,7 +167,7 @@ def corrected_gate_launch(call: CorrectedGateCall, out: Guesses, arrivals: Tenso
         _predict_kernel,
         (triton.cdiv(n_rows, rows), call.n_tokens),
         {
-            **out.arguments(call.threshold),
+            **out.arguments(call.threshold, NUM_WARPS),
             "residual_ptr": call.residual,
             "offset_ptr": head.offset,
             "norm_ptr": head.norm,
@@ -183,7 +184,7 @@ def corrected_gate_launch(call: CorrectedGateCall, out: Guesses, arrivals: Tenso
             "WIDTH": wide,
             "CHUNK": min(TILE // wide, triton.next_power_of_2(head.n_experts)),
         },
-        num_warps=8,
+        num_warps=NUM_WARPS,
     )
 
 
@@ -209,6 +210,7 @@ def _predict_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, guess_ids_ptr, guess_scores_ptr,
     n_rows, rank, epsilon, n_experts, n_guesses, threshold,
     HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr, COPIES: tl.constexpr,
     LANES: tl.constexpr, GUESSES: tl.constexpr,
 ):  # fmt: skip
     """ROWS entries of one token's [W; D] x; in the token's last program, the correction and the choice."""
@@ -243,4 +245,6 @@ def _predict_kernel(  # type: ignore[no-untyped-def]
         tl.store(
             logits_ptr + token * n_experts + target, gate + tl.sum(correction * inner[None, :], axis=1), mask=target_inside
         )
-    write_guesses(token, logits_ptr, guess_ids_ptr, guess_scores_ptr, n_experts, n_guesses, threshold, LANES, GUESSES)
+    write_guesses(
+        token, logits_ptr, guess_ids_ptr, guess_scores_ptr, n_experts, n_guesses, threshold, CHUNKS, COPIES, LANES, GUESSES
+    )
