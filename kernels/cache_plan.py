@@ -31,6 +31,7 @@ from kernels.device_cache import (
     check_plan_inputs,
     slru_protected,
 )
+from kernels.integers import next_power_of_2
 from kernels.launch import Launch, check_at_most, check_launchable
 
 MAX_PAIRS = 1024
@@ -80,7 +81,7 @@ def plan_launch(cache: DeviceCache, layer: int, ids: Tensor, predicted: Tensor |
     """The launch, checked and not yet run."""
     check_plan_inputs(cache, layer, ids, predicted, plan)
     check_at_most("(token, expert) pairs", ids.numel(), "MAX_PAIRS", MAX_PAIRS)
-    n_slots_padded = max(32, triton.next_power_of_2(cache.n_slots))
+    n_slots_padded = max(32, next_power_of_2(cache.n_slots))
     return Launch(
         _plan_kernel,
         (1,),
@@ -108,8 +109,8 @@ def plan_launch(cache: DeviceCache, layer: int, ids: Tensor, predicted: Tensor |
             "protected_capacity": cache.protected_capacity,
             "staging": cache.staging,
             "ONE_TOKEN": ids.shape[0] == 1,
-            "PAIRS": max(32, triton.next_power_of_2(ids.numel())),
-            "GUESSES": 32 if predicted is None else max(32, triton.next_power_of_2(predicted.numel())),
+            "PAIRS": max(32, next_power_of_2(ids.numel())),
+            "GUESSES": 32 if predicted is None else max(32, next_power_of_2(predicted.numel())),
             "SLOTS": n_slots_padded,
         },
         num_warps=_num_warps(n_slots_padded),

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.integers import next_power_of_2
 from kernels.launch import check_at_most, check_tensor
 from kernels.selection import CHUNK_LANES, highest, highest_reference, selection_keys
 
@@ -46,7 +47,7 @@ class Guesses(NamedTuple):
     def arguments(self, threshold: float, num_warps: int) -> dict[str, Tensor | int | float | bool | None]:
         """What a kernel takes that calls `write_guesses`, in programs of `num_warps` warps."""
         n_experts = self.logits.shape[1]
-        n_lanes = triton.next_power_of_2(n_experts)
+        n_lanes = next_power_of_2(n_experts)
         return {
             "logits_ptr": self.logits,
             "guess_ids_ptr": self.ids,
@@ -57,7 +58,7 @@ class Guesses(NamedTuple):
             "CHUNKS": max(1, n_lanes // CHUNK_LANES),
             "COPIES": num_warps,
             "LANES": min(n_lanes, CHUNK_LANES),
-            "GUESSES": triton.next_power_of_2(self.n_guesses),
+            "GUESSES": next_power_of_2(self.n_guesses),
         }
 
 

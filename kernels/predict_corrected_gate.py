@@ -25,6 +25,7 @@ from torch.nn.functional import gelu as torch_gelu
 from kernels.compile_case import SHORT_NAMES, CompileCase, Expectations
 from kernels.gelu import gelu
 from kernels.guesses import Guesses, guesses_reference, write_guesses
+from kernels.integers import cdiv, next_power_of_2
 from kernels.launch import FLOAT_DTYPES, Launch, check_aligned, check_at_most, check_launchable, check_tensor
 from kernels.selection import check_arrivals, last_to_arrive
 
@@ -161,11 +162,11 @@ def corrected_gate_launch(call: CorrectedGateCall, out: Guesses, arrivals: Tenso
     out.check(call.n_tokens, call.head.n_experts, call.residual.device)
     check_arrivals(arrivals, call.n_tokens, call.residual.device)
     head, n_rows = call.head, call.head.entry.shape[0]
-    wide = max(16, triton.next_power_of_2(head.rank))
+    wide = max(16, next_power_of_2(head.rank))
     rows = 4 if n_rows * call.n_tokens >= 1024 else 2
     return Launch(
         _predict_kernel,
-        (triton.cdiv(n_rows, rows), call.n_tokens),
+        (cdiv(n_rows, rows), call.n_tokens),
         {
             **out.arguments(call.threshold, NUM_WARPS),
             "residual_ptr": call.residual,
@@ -180,9 +181,9 @@ def corrected_gate_launch(call: CorrectedGateCall, out: Guesses, arrivals: Tenso
             "epsilon": float(head.epsilon),
             "HIDDEN": head.hidden,
             "ROWS": rows,
-            "COLUMNS": min(2048, triton.next_power_of_2(head.hidden)),
+            "COLUMNS": min(2048, next_power_of_2(head.hidden)),
             "WIDTH": wide,
-            "CHUNK": min(TILE // wide, triton.next_power_of_2(head.n_experts)),
+            "CHUNK": min(TILE // wide, next_power_of_2(head.n_experts)),
         },
         num_warps=NUM_WARPS,
     )

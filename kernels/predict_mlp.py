@@ -29,6 +29,7 @@ from torch.nn.functional import gelu as torch_gelu
 from kernels.compile_case import SHORT_NAMES, CompileCase, Expectations
 from kernels.gelu import gelu
 from kernels.guesses import Guesses, guesses_reference, write_guesses
+from kernels.integers import cdiv, next_power_of_2
 from kernels.launch import FLOAT_DTYPES, Launch, check_aligned, check_at_most, check_launchable, check_tensor
 from kernels.selection import check_arrivals, last_to_arrive
 from prefetch.errors import KernelInputError
@@ -216,11 +217,11 @@ def predict_launch(call: MlpCall, out: Guesses, arrivals: Tensor) -> Launch:
     out.check(call.n_tokens, call.head.n_experts, call.x.device)
     check_arrivals(arrivals, call.n_tokens, call.x.device)
     head, block = call.head, call.head.block
-    n_rows, wide = head.entry.shape[0], max(16, triton.next_power_of_2(head.width))
+    n_rows, wide = head.entry.shape[0], max(16, next_power_of_2(head.width))
     rows = 4 if n_rows * call.n_tokens >= 512 else 2  # one program a multiprocessor is resident: 512 rows in one wave
     return Launch(
         _predict_kernel,
-        (triton.cdiv(n_rows, rows), call.n_tokens),
+        (cdiv(n_rows, rows), call.n_tokens),
         {
             **out.arguments(call.threshold, NUM_WARPS),
             "x_ptr": call.x,
@@ -243,9 +244,9 @@ def predict_launch(call: MlpCall, out: Guesses, arrivals: Tensor) -> Launch:
             "top_k": call.topk_ids.shape[1],
             "HIDDEN": head.hidden,
             "N_WIDTH": head.width,
-            "RANKS": triton.next_power_of_2(call.topk_ids.shape[1]),
+            "RANKS": next_power_of_2(call.topk_ids.shape[1]),
             "ROWS": rows,
-            "COLUMNS": min(2048, triton.next_power_of_2(head.hidden)),
+            "COLUMNS": min(2048, next_power_of_2(head.hidden)),
             "WIDTH": wide,
             "CHUNK": min(TILE_BYTES[head.entry.dtype.itemsize] // (wide * head.entry.dtype.itemsize), wide),
         },

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.compile_case import SHORT_NAMES, CompileCase, Expectations
+from kernels.integers import cdiv, next_power_of_2
 from kernels.launch import Launch, check_launchable
 from kernels.router_call import BLOCK_TOKENS, Routed, RouterCall
 from kernels.routing import SMALLEST_SUM, Routing
@@ -59,14 +60,14 @@ def route_launch(call: RouterCall, out: Routed, arrivals: Tensor) -> Launch:
     most = VECTOR_BYTES // call.x.element_size() if vector else BLOCK_COLUMNS[call.x.element_size()]
     if n_groups > 1 and not vector:
         most //= 2  # with tiles of 512 columns beside the selection by groups, registers spill on sm_100
-    columns = min(max(triton.next_power_of_2(hidden), 16), most)
+    columns = min(max(next_power_of_2(hidden), 16), most)
     group_size = call.n_experts // n_groups
-    members = triton.next_power_of_2(group_size)
-    n_lanes = triton.next_power_of_2(n_groups) * members
+    members = next_power_of_2(group_size)
+    n_lanes = next_power_of_2(n_groups) * members
     lanes = min(n_lanes, max(CHUNK_LANES, members if n_groups > 1 else 1))
     return Launch(
         _route_kernel,
-        (triton.cdiv(call.n_experts, rows), 1 + call.n_heads, call.n_blocks),
+        (cdiv(call.n_experts, rows), 1 + call.n_heads, call.n_blocks),
         {
             "x_ptr": call.x,
             "weights_ptr": call.weights,
@@ -95,8 +96,8 @@ def route_launch(call: RouterCall, out: Routed, arrivals: Tensor) -> Launch:
             "MEMBERS": members,
             "CHUNKS": n_lanes // lanes,
             "LANES": lanes,
-            "RANKS": triton.next_power_of_2(routing.top_k),
-            "GUESSES": triton.next_power_of_2(max(call.n_guesses, 1)),
+            "RANKS": next_power_of_2(routing.top_k),
+            "GUESSES": next_power_of_2(max(call.n_guesses, 1)),
             "TOKENS": call.block_tokens,
             "ROWS": rows,
             "COLUMNS": columns // 2 if vector and hidden % columns and hidden % (columns // 2) == 0 else columns,

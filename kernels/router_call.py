@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from kernels.integers import cdiv
 from kernels.launch import FLOAT_DTYPES, check_aligned, check_at_most, check_tensor
 from kernels.routing import Routing, route_reference
 from kernels.selection import check_arrivals, highest_reference
@@ -98,7 +98,7 @@ class RouterCall:
     @property
     def n_blocks(self) -> int:
         """Blocks of tokens."""
-        return triton.cdiv(self.n_tokens, self.block_tokens)
+        return cdiv(self.n_tokens, self.block_tokens)
 
     def new_result(self) -> Routed:
         """Memory for the result."""
