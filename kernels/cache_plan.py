@@ -4,9 +4,9 @@ In order: transients of the last plan leave; prefetches for this layer that it d
 needed experts that are not members are admitted, confirmed prefetches among them, evicting members that this call does not
 need; then predictions are staged where places are free. Experts count once a call, in order of first appearance.
 
-All integers, and the slots' books stay in registers: nothing but latency. Bytes: 16 a slot, read and written. Reductions over
-the slots: one or two for each needed expert, three for a miss, two for a prediction. Sequential in the pairs by nature (each
-admission depends on the last), so meant for decode.
+All integers, and the slots' books stay in registers: nothing but latency. Bytes: 12 a slot, read and written. Reductions over
+the slots: two a call, one for a demotion, two for a miss, one for a staged prediction; hits need none. Sequential in the pairs by
+nature (each admission depends on the last), so meant for decode.
 
 A copy into a slot may begin when all kernels that read the slot's last expert are done, as on one stream. Prefetches on a
 stream of their own must have arrived before the next plan's copies begin, since that plan may reuse their slots.
@@ -20,18 +20,35 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.compile_case import CompileCase, Expectations
-from kernels.device_cache import CacheBooks, CachePlan, Counter, DeviceCache, Segment, check_plan_inputs
+from kernels.device_cache import (
+    MAX_SLOTS,
+    OLDEST,
+    CacheBooks,
+    CachePlan,
+    Counter,
+    DeviceCache,
+    Segment,
+    check_plan_inputs,
+    slru_protected,
+)
+from kernels.integers import next_power_of_2
 from kernels.launch import Launch, check_at_most, check_launchable
 
 MAX_PAIRS = 1024
-SLOTS_PER_WARP = 64  # with twice or four times as many, registers spill
-MAX_WARPS = 16 if torch.version.hip else 32  # 1,024 threads
+RUNTIME_SIZES = [  # one program for every layer and cache
+    "layer", "n_layers", "n_experts", "n_pairs", "n_predicted", "per_lookahead", "n_slots", "capacity", "protected_capacity", "staging",
+]  # fmt: skip
 
 _FREE, _TRANSIENT, _STAGED, _PROBATION, _PROTECTED = (tl.constexpr(int(segment)) for segment in Segment)
 _HITS, _USEFUL, _MISSES, _EVICTIONS, _TRANSIENTS, _UNPLACED, _PREFETCHES, _WASTED, _REFUSED = (
     tl.constexpr(int(counter)) for counter in Counter
 )
-_NEVER = tl.constexpr(1 << 62)  # later than any stamp
+_IN_USE = tl.constexpr(8)  # added to the segment of what this call needs and has placed: nothing evicts it
+_EMPTY = tl.constexpr(-16)  # what a free slot holds
+_NO_SLOT = tl.constexpr(-9)  # past the last slot: in none of the segments
+_NEVER = tl.constexpr(2**31 - 1)  # later than any stamp
+_OLDEST = tl.constexpr(OLDEST)
+_SLOTS = tl.constexpr(MAX_SLOTS)
 
 
 def cache_plan(
@@ -64,7 +81,7 @@ def plan_launch(cache: DeviceCache, layer: int, ids: Tensor, predicted: Tensor |
     """The launch, checked and not yet run."""
     check_plan_inputs(cache, layer, ids, predicted, plan)
     check_at_most("(token, expert) pairs", ids.numel(), "MAX_PAIRS", MAX_PAIRS)
-    n_slots_padded = max(32, triton.next_power_of_2(cache.n_slots))
+    n_slots_padded = max(32, next_power_of_2(cache.n_slots))
     return Launch(
         _plan_kernel,
         (1,),
@@ -74,8 +91,7 @@ def plan_launch(cache: DeviceCache, layer: int, ids: Tensor, predicted: Tensor |
             "slot_of_ptr": cache.slot_of,
             "key_of_ptr": cache.key_of,
             "segment_ptr": cache.segment,
-            "stamp_ptr": cache.stamp,
-            "clock_ptr": cache.clock,
+            "since_ptr": cache.since,
             "counters_ptr": cache.counters,
             "slot_ids_ptr": plan.slot_ids,
             "copy_keys_ptr": plan.copy_keys,
@@ -88,22 +104,32 @@ def plan_launch(cache: DeviceCache, layer: int, ids: Tensor, predicted: Tensor |
             "n_predicted": 0 if predicted is None else predicted.numel(),
             "per_lookahead": 1 if predicted is None else predicted.shape[1],
             "n_slots": cache.n_slots,
+            "n_stored": cache.n_stored,
             "capacity": cache.capacity,
             "protected_capacity": cache.protected_capacity,
             "staging": cache.staging,
             "ONE_TOKEN": ids.shape[0] == 1,
-            "PAIRS": max(16, triton.next_power_of_2(ids.numel())),
+            "PAIRS": max(32, next_power_of_2(ids.numel())),
+            "GUESSES": 32 if predicted is None else max(32, next_power_of_2(predicted.numel())),
             "SLOTS": n_slots_padded,
         },
-        num_warps=min(max(n_slots_padded // SLOTS_PER_WARP, 1), MAX_WARPS),
+        num_warps=_num_warps(n_slots_padded),
     )
 
 
+def _num_warps(n_slots_padded: int) -> int:
+    """8 slots a thread; 32 where there are many: at 16, ptxas spills 8 bytes for the sake of a second program that never comes."""
+    return max(n_slots_padded // (256 if n_slots_padded <= 2048 else 1024), 1)
+
+
 def compile_cases() -> list[CompileCase]:
-    """For the ahead-of-time compiler: 12 GB of Qwen3-30B-A3B's experts in bf16, SLRU, with and without predictions, 1 and 4 tokens."""
-    cache = DeviceCache.empty(48, 128, capacity=1228, staging=32, transient=8, protected_capacity=921, device="meta")
+    """For the ahead-of-time compiler: 12 GB of Qwen3-30B-A3B's experts in bf16, SLRU, with and without predictions, 1 and 4 tokens;
+    and larger caches, up to the most."""
     cases = []
-    for n_tokens, n_predicted in ((1, 0), (1, 16), (4, 16)):
+    for capacity, n_tokens, n_predicted in ((1228, 1, 0), (1228, 1, 16), (1228, 4, 16), (4056, 1, 16), (MAX_SLOTS - 40, 4, 16)):
+        cache = DeviceCache.empty(
+            64, 128, capacity=capacity, staging=32, transient=8, protected_capacity=slru_protected(capacity), device="meta"
+        )
         ids = torch.empty(n_tokens, 8, dtype=torch.int32, device="meta")
         predicted = torch.empty(2, n_predicted // 2, dtype=torch.int32, device="meta") if n_predicted else None
         launch = plan_launch(cache, 0, ids, predicted, CachePlan.empty(ids, n_predicted))
@@ -156,142 +182,184 @@ def cache_plan_reference(
     return plan
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def _plan_kernel(  # type: ignore[no-untyped-def]
-    ids_ptr, predicted_ptr, slot_of_ptr, key_of_ptr, segment_ptr, stamp_ptr, clock_ptr, counters_ptr,
+    ids_ptr, predicted_ptr, slot_of_ptr, key_of_ptr, segment_ptr, since_ptr, counters_ptr,
     slot_ids_ptr, copy_keys_ptr, copy_slots_ptr, copy_bounds_ptr,
-    layer, n_layers, n_experts, n_pairs, n_predicted, per_lookahead, n_slots, capacity, protected_capacity, staging,
-    ONE_TOKEN: tl.constexpr, PAIRS: tl.constexpr, SLOTS: tl.constexpr,
+    layer, n_layers, n_experts, n_pairs, n_predicted, per_lookahead, n_slots, n_stored, capacity, protected_capacity, staging,
+    ONE_TOKEN: tl.constexpr, PAIRS: tl.constexpr, GUESSES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """The books are blocks of SLOTS in registers: one slot is read by a reduction and written by a `where`."""
-    slot = tl.arange(0, SLOTS)
-    exists = slot < n_slots
-    key_of = tl.load(key_of_ptr + slot, mask=exists, other=-1)
-    segment = tl.load(segment_ptr + slot, mask=exists, other=-1)
-    stamp = tl.load(stamp_ptr + slot, mask=exists, other=0)
-    clock = tl.load(clock_ptr)
+    """Three blocks in registers: the slots, the pairs and the guesses, the last two with what the books say of their experts.
+
+    Pairs and guesses are looked up once, through the table, and follow every change, so that no expert is searched for among the
+    slots. What does reduce over the slots: the tail of protected, a victim, a free slot.
+    A slot is two words: what it holds, key * 16 + segment, and since when. Two members never have the same `since`.
+    """
     pair = tl.arange(0, PAIRS)
-    wanted = tl.load(ids_ptr + pair, mask=pair < n_pairs, other=-1).to(tl.int32)
-    wanted = tl.where((wanted >= 0) & (wanted < n_experts), layer * n_experts + wanted, -1)
-    slot_ids = tl.full([PAIRS], -1, tl.int32)
-
+    wanted = _keys(ids_ptr, pair, n_pairs, layer, n_experts)
+    guess = tl.arange(0, GUESSES)
+    guessed = tl.full([GUESSES], -1, tl.int32)
+    if predicted_ptr is not None:
+        guessed = _keys(predicted_ptr, guess, n_predicted, (layer + 1 + guess // per_lookahead) % n_layers, n_experts)
+    slot = tl.arange(0, SLOTS)
+    stored = slot < n_stored
+    held = tl.load(key_of_ptr + slot, mask=stored, other=-1) * 16 + tl.load(segment_ptr + slot, mask=stored, other=0)
+    held = tl.where(slot < n_slots, held, _NO_SLOT)
+    since = tl.load(since_ptr + slot, mask=stored, other=0)
+    at, why, why_since = _look_up(wanted, slot_of_ptr, segment_ptr, since_ptr)
+    guess_at, guess_why, guess_since = _look_up(guessed, slot_of_ptr, segment_ptr, since_ptr)
     counter = tl.arange(0, 16)
-    counts = tl.zeros([16], tl.int64)
+    counts = tl.zeros([16], tl.int32)
+    clock = 0
 
-    in_use = slot < 0
-    for index in range(0, n_pairs):
-        in_use |= key_of == _needed(ids_ptr + index, layer, n_experts)
-    expired = (segment == _STAGED) & ~in_use & (key_of // n_experts == layer)
-    counts += tl.where(counter == _WASTED, tl.sum(expired.to(tl.int32)), 0)
-    leaves = expired | (segment == _TRANSIENT)
-    key_of = tl.where(leaves, -1, key_of)
-    segment = tl.where(leaves, _FREE, segment)
-    n_staged = tl.sum((segment == _STAGED).to(tl.int32))
-    n_probation = tl.sum((segment == _PROBATION).to(tl.int32))
-    n_protected = tl.sum((segment == _PROTECTED).to(tl.int32))
+    at = tl.where(why == _TRANSIENT, -1, at)
+    why = tl.where(why == _TRANSIENT, _FREE, why)
+    guess_since = tl.where(guess_why >= _PROBATION, guess_since, _NEVER)
+    stays = (guess_why >= _PROBATION) | ((guess_why == _STAGED) & (guessed // n_experts != layer))
+    guess_at = tl.where(stays, guess_at, -1)
+    confirmed = why == _STAGED
+    index = tl.min(tl.where(confirmed, pair, PAIRS))
+    while index < PAIRS:
+        held = tl.where(slot == _at(at, pair, index), held | _IN_USE, held)
+        confirmed = confirmed & (pair != index)
+        index = tl.min(tl.where(confirmed, pair, PAIRS))
+    of_layer = (held >= layer * n_experts * 16) & (held < (layer + 1) * n_experts * 16)
+    expired = of_layer & ((held & 15) == _STAGED)
+    held = tl.where(expired | ((held & 7) == _TRANSIENT), _EMPTY, held)
+    segment = held & 7
+    probation_staged = tl.sum((segment == _PROBATION).to(tl.int32) + ((segment == _STAGED).to(tl.int32) << 16))
+    protected_expired = tl.sum((segment == _PROTECTED).to(tl.int32) + (expired.to(tl.int32) << 16))
+    n_protected, n_staged = protected_expired & 0xFFFF, probation_staged >> 16
+    n_members = n_protected + (probation_staged & 0xFFFF)
+    counts += tl.where(counter == _WASTED, protected_expired >> 16, 0)
 
     for index in range(0, n_pairs):  # members are used
-        key = _needed(ids_ptr + index, layer, n_experts)
-        at, why = _find(key, key_of, segment, slot, SLOTS)
-        if (why >= _PROBATION) & (ONE_TOKEN or _is_first(key, index, wanted, pair)):
-            slot_ids = tl.where(wanted == key, at, slot_ids)
-            counts += (counter == _HITS).to(tl.int64)
-            if why == _PROBATION:
-                n_probation -= 1
-                n_protected += 1
-            segment = tl.where(slot == at, _PROTECTED, segment)
-            stamp = tl.where(slot == at, clock, stamp)
+        found = _at((at + 1) * 8 + why, pair, index)
+        if (found % 8 >= _PROBATION) & (ONE_TOKEN or _is_first(_at(wanted, pair, index), index, wanted, pair)):
+            used = found // 8 - 1
+            counts += (counter == _HITS).to(tl.int32)
+            n_protected += tl.where(found % 8 == _PROBATION, 1, 0)
+            held = tl.where(slot == used, (held & -16) + (_PROTECTED + _IN_USE), held)
+            since = tl.where(slot == used, clock, since)
+            why = tl.where(at == used, _PROTECTED, why)
+            why_since = tl.where(at == used, clock, why_since)
             clock += 1
             if n_protected > protected_capacity:
-                tail = tl.min(tl.where(segment == _PROTECTED, stamp * SLOTS + slot, _NEVER)) % SLOTS
-                segment = tl.where(slot == tail, _PROBATION, segment)
-                stamp = tl.where(slot == tail, clock, stamp)
+                protected = (held & 7) == _PROTECTED
+                tail = tl.min(tl.where(protected, since, _NEVER))
+                is_tail = protected & (since == tail)
+                held = tl.where(is_tail, held - _PROTECTED + _PROBATION, held)
+                since = tl.where(is_tail, clock, since)
+                is_tail_too = (why == _PROTECTED) & (why_since == tail)
+                why = tl.where(is_tail_too, _PROBATION, why)
+                why_since = tl.where(is_tail_too, clock, why_since)
+                guess_since = tl.where(guess_since == tail, clock, guess_since)
                 clock += 1
-                n_probation += 1
                 n_protected -= 1
 
     n_copies = 0
     n_transient = 0
-    for index in range(0, n_pairs):  # the others are admitted
-        key = _needed(ids_ptr + index, layer, n_experts)
-        at, why = _find(key, key_of, segment, slot, SLOTS)
-        if (key >= 0) & (why < _PROBATION) & (ONE_TOKEN or _is_first(key, index, wanted, pair)):
-            missing = at == SLOTS
-            counts += (counter == tl.where(missing, _MISSES, _USEFUL)).to(tl.int64)
-            if n_probation >= capacity - protected_capacity:
-                victim = tl.min(tl.where((segment == _PROBATION) & ~in_use, stamp * SLOTS + slot, _NEVER))
-                if victim < _NEVER:
-                    key_of = tl.where(slot == victim % SLOTS, -1, key_of)
-                    segment = tl.where(slot == victim % SLOTS, _FREE, segment)
-                    counts += (counter == _EVICTIONS).to(tl.int64)
-                    n_probation -= 1
-            admitted = n_probation < capacity - protected_capacity
-            if missing & (admitted | (n_staged + n_transient < n_slots - capacity)):
-                at = tl.min(tl.where(segment == _FREE, slot, SLOTS))
-                tl.store(copy_keys_ptr + n_copies, key)
-                tl.store(copy_slots_ptr + n_copies, at)
-                n_copies += 1
-            if at == SLOTS:
-                counts += (counter == _UNPLACED).to(tl.int64)
-            else:
-                n_staged -= tl.where(missing, 0, 1)
-                n_probation += tl.where(admitted, 1, 0)
-                n_transient += tl.where(admitted, 0, 1)
-                counts += ((counter == _TRANSIENTS) & (admitted == 0)).to(tl.int64)
-                key_of = tl.where(slot == at, key, key_of)
-                segment = tl.where(slot == at, tl.where(admitted, _PROBATION, _TRANSIENT), segment)
-                stamp = tl.where((slot == at) & admitted, clock, stamp)
-                clock += tl.where(admitted, 1, 0)
-                in_use |= slot == at
-                slot_ids = tl.where(wanted == key, at, slot_ids)
+    waiting = (wanted >= 0) & (why < _PROBATION)
+    index = tl.min(tl.where(waiting, pair, PAIRS))
+    while index < PAIRS:  # the others are admitted
+        key = _at(wanted, pair, index)
+        place = _at(at, pair, index)
+        missing = place < 0
+        counts += (counter == tl.where(missing, _MISSES, _USEFUL)).to(tl.int32)
+        if n_members >= capacity:
+            may_leave = (held & 15) == _PROBATION
+            victim = tl.min(tl.where(may_leave, since, _NEVER))
+            if victim < _NEVER:
+                held = tl.where(may_leave & (since == victim), _EMPTY, held)
+                guess_at = tl.where(guess_since == victim, -1, guess_at)
+                counts += (counter == _EVICTIONS).to(tl.int32)
+                n_members -= 1
+        admitted = n_members < capacity
+        if missing & (admitted | (n_staged + n_transient < n_slots - capacity)):
+            place = _copy_to_free(key, n_copies, held, slot, copy_keys_ptr, copy_slots_ptr, SLOTS)
+            n_copies += 1
+        if place < 0:
+            counts += (counter == _UNPLACED).to(tl.int32)
+        else:
+            n_staged -= tl.where(missing, 0, 1)
+            n_members += tl.where(admitted, 1, 0)
+            n_transient += tl.where(admitted, 0, 1)
+            counts += ((counter == _TRANSIENTS) & (admitted == 0)).to(tl.int32)
+            held = tl.where(slot == place, key * 16 + tl.where(admitted, _PROBATION + _IN_USE, _TRANSIENT), held)
+            since = tl.where((slot == place) & admitted, clock, since)
+            clock += tl.where(admitted, 1, 0)
+            at = tl.where(wanted == key, place, at)
+        waiting = waiting & (wanted != key)
+        index = tl.min(tl.where(waiting, pair, PAIRS))
 
     n_demand = n_copies
     if predicted_ptr is not None:
-        for index in range(0, n_predicted):  # predictions are staged
-            target = (layer + 1 + index // per_lookahead) % n_layers
-            key = _needed(predicted_ptr + index, target, n_experts)
-            at, why = _find(key, key_of, segment, slot, SLOTS)
-            if (key >= 0) & (at == SLOTS):
-                if (n_staged < staging) & (n_staged + n_transient < n_slots - capacity):
-                    place = tl.min(tl.where(segment == _FREE, slot, SLOTS))
-                    tl.store(copy_keys_ptr + n_copies, key)
-                    tl.store(copy_slots_ptr + n_copies, place)
-                    key_of = tl.where(slot == place, key, key_of)
-                    segment = tl.where(slot == place, _STAGED, segment)
-                    n_copies += 1
-                    n_staged += 1
-                    counts += (counter == _PREFETCHES).to(tl.int64)
-                else:
-                    counts += (counter == _REFUSED).to(tl.int64)
+        if (
+            n_predicted > (n_layers - 1) * per_lookahead
+        ):  # the next token's call of this layer: it may need what this call needed
+            for index in range(0, n_pairs):
+                guess_at = tl.where(guessed == _at(wanted, pair, index), _at(at, pair, index), guess_at)
+        absent = (guessed >= 0) & (guess_at < 0)
+        index = tl.min(tl.where(absent, guess, GUESSES))
+        while (
+            (index < GUESSES) & (n_staged < staging) & (n_staged + n_transient < n_slots - capacity)
+        ):  # predictions are staged
+            key = _at(guessed, guess, index)
+            place = _copy_to_free(key, n_copies, held, slot, copy_keys_ptr, copy_slots_ptr, SLOTS)
+            held = tl.where(slot == place, key * 16 + _STAGED, held)
+            guess_at = tl.where(guessed == key, place, guess_at)
+            n_copies += 1
+            n_staged += 1
+            absent = absent & (guessed != key)
+            index = tl.min(tl.where(absent, guess, GUESSES))
+        counts += tl.where(counter == _PREFETCHES, n_copies - n_demand, 0)
+        counts += tl.where(counter == _REFUSED, tl.sum(absent.to(tl.int32)), 0)
 
-    before = tl.load(key_of_ptr + slot, mask=exists, other=-1)
-    tl.store(slot_of_ptr + before, -1, mask=(before >= 0) & (before != key_of))
-    tl.debug_barrier()  # an expert may have left one slot and come back in another: its new entry must be the later store
-    tl.store(slot_of_ptr + key_of, slot, mask=(key_of >= 0) & (before != key_of))
-    tl.store(key_of_ptr + slot, key_of, mask=exists)
-    tl.store(segment_ptr + slot, segment, mask=exists)
-    tl.store(stamp_ptr + slot, stamp, mask=exists)
-    tl.store(clock_ptr, clock)
+    before = tl.load(key_of_ptr + slot, mask=stored, other=-1)  # again: kept until here it would take a register a slot
+    gone = tl.where((slot < n_slots) & (before != held >> 4), before, -1)
+    tl.store(key_of_ptr + slot, held >> 4, mask=stored)
+    tl.store(segment_ptr + slot, held & 7, mask=stored)
+    tl.store(since_ptr + slot, tl.where(since < clock + _OLDEST, slot + (_OLDEST - _SLOTS), since - clock), mask=stored)
+    tl.store(slot_of_ptr + gone, -1, mask=gone >= 0)
+    tl.debug_barrier()  # one that left may have come back, in another slot: its new entry must be the later store
+    tl.store(slot_of_ptr + wanted, at, mask=at >= 0)
+    tl.store(slot_of_ptr + guessed, guess_at, mask=guess_at >= 0)
     is_counter = counter <= _REFUSED
     tl.store(counters_ptr + counter, tl.load(counters_ptr + counter, mask=is_counter, other=0) + counts, mask=is_counter)
-    tl.store(slot_ids_ptr + pair, slot_ids, mask=pair < n_pairs)
+    tl.store(slot_ids_ptr + pair, at, mask=pair < n_pairs)
     bound = tl.arange(0, 4)
     bounds = tl.where(bound == 0, 0, tl.where(bound == 1, n_demand, n_copies))
     tl.store(copy_bounds_ptr + bound, bounds, mask=bound < 3)
 
 
 @triton.jit
-def _needed(id_ptr, layer, n_experts):  # type: ignore[no-untyped-def]
-    """Expert key, or -2 (which no slot holds) where the id is unknown."""
-    expert = tl.load(id_ptr)
-    return tl.where((expert >= 0) & (expert < n_experts), layer * n_experts + expert, -2).to(tl.int32)
+def _look_up(keys, slot_of_ptr, segment_ptr, since_ptr):  # type: ignore[no-untyped-def]
+    """(slot, segment, since) of experts: -1 and free where they are not on board."""
+    at = tl.load(slot_of_ptr + keys, mask=keys >= 0, other=-1)
+    segment = tl.load(segment_ptr + at, mask=at >= 0, other=_FREE)
+    return at, segment, tl.load(since_ptr + at, mask=at >= 0, other=0)
 
 
 @triton.jit
-def _find(key, key_of, segment, slot, SLOTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(slot, segment) of `key` by one reduction; (SLOTS, free) if it is nowhere."""
-    found = tl.min(tl.where(key_of == key, slot * 8 + segment, SLOTS * 8))
-    return found // 8, found % 8
+def _copy_to_free(key, n_copies, held, slot, copy_keys_ptr, copy_slots_ptr, SLOTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """List the copy of `key` into the first free slot, which is returned."""
+    place = tl.min(tl.where(held == _EMPTY, slot, SLOTS))
+    tl.store(copy_keys_ptr + n_copies, key)
+    tl.store(copy_slots_ptr + n_copies, place)
+    return place
+
+
+@triton.jit
+def _keys(ids_ptr, index, n, layer, n_experts):  # type: ignore[no-untyped-def]
+    """Expert keys of `n` ids, -1 where the id is unknown."""
+    expert = tl.load(ids_ptr + index, mask=index < n, other=-1).to(tl.int32)
+    return tl.where((expert >= 0) & (expert < n_experts), layer * n_experts + expert, -1)
+
+
+@triton.jit
+def _at(values, place, index):  # type: ignore[no-untyped-def]
+    """values[index]: one reduction, within a warp for up to 32 values."""
+    return tl.sum(tl.where(place == index, values, 0))
 
 
 @triton.jit

@@ -6,7 +6,9 @@ so that a decode step needs no word from the host. A slot is in one segment:
 - transient: its expert was needed once and not admitted; free again at the next plan;
 - staged: a prefetch that no router has confirmed. It evicted nobody, and leaves when its layer routes without it;
 - probation, protected: the cache's members. Only the least recent of probation is ever evicted. A member that is needed
-  again moves to protected, whose surplus goes back to probation as its most recent.
+  again moves to protected, whose surplus goes back to probation as its most recent. Probation may hold whatever protected
+  leaves free (the host's `Slru(fill=True)`): confined to a fixed share it would lose each expert of a token before its second
+  use, wherever one token needs more experts than that share.
 With protected_capacity 0 that is plain LRU.
 """
 
@@ -20,9 +22,14 @@ import torch
 from torch import Tensor
 
 from kernels.launch import check_at_most, check_tensor
-from prefetch.errors import CapacityError, KernelInputError
+from prefetch.errors import CapacityError
 
 MAX_SLOTS = 8_192  # all of them are in one program's registers
+OLDEST = (
+    MAX_SLOTS - 2**31
+)  # members untouched for longer than this many touches of others count as equally old, in order of slots
+STORED_IN = 16  # slots whose books are read and written together
+MAX_KEYS = 2**27  # beside its key, a word of the kernel has 4 bits for the segment
 
 
 class Segment(IntEnum):
@@ -56,8 +63,7 @@ class DeviceCache:
     slot_of: Tensor  # int32 [L, E], -1 where absent: the table that expert kernels read
     key_of: Tensor  # int32 [S], layer * E + expert, -1 where free
     segment: Tensor  # int32 [S]
-    stamp: Tensor  # int64 [S], when a member was last admitted, used or demoted
-    clock: Tensor  # int64 [1], the next stamp
+    since: Tensor  # int32 [S], when a member was last admitted, used or demoted: so many of those ago, below 0
     counters: Tensor  # int64 [9], see Counter
     capacity: int  # members
     protected_capacity: int  # of them in protected; 0 is LRU
@@ -93,16 +99,13 @@ class DeviceCache:
         n_slots = capacity + staging + transient
         check_at_most("slots", n_slots, "MAX_SLOTS", MAX_SLOTS)
 
-        def integers(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
+        key_of, segment, since = torch.zeros(3, _n_stored(n_slots), dtype=torch.int32, device=device)[:, :n_slots]
         cache = cls(
-            slot_of=integers(n_layers, n_experts),
-            key_of=integers(n_slots),
-            segment=integers(n_slots),
-            stamp=integers(n_slots, dtype=torch.int64),
-            clock=integers(1, dtype=torch.int64),
-            counters=integers(len(Counter), dtype=torch.int64),
+            slot_of=torch.empty(n_layers, n_experts, dtype=torch.int32, device=device),
+            key_of=key_of,
+            segment=segment,
+            since=since,
+            counters=torch.empty(len(Counter), dtype=torch.int64, device=device),
             capacity=capacity,
             protected_capacity=protected_capacity,
             staging=staging,
@@ -112,15 +115,22 @@ class DeviceCache:
 
     def clear(self) -> None:
         """All slots free, all counts zero; in place, so that a captured graph sees it."""
-        for tensor, value in (
-            (self.slot_of, -1), (self.key_of, -1), (self.segment, Segment.FREE),
-            (self.stamp, 0), (self.clock, 0), (self.counters, 0),
-        ):  # fmt: skip
+        for tensor, value in zip(self.tensors, (-1, -1, Segment.FREE, 0, 0), strict=True):
             tensor.fill_(value)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of the state."""
+        return self.slot_of, self.key_of, self.segment, self.since, self.counters
 
     @property
     def n_slots(self) -> int:
         return int(self.key_of.shape[0])
+
+    @property
+    def n_stored(self) -> int:
+        """Elements in the memory of each of `key_of`, `segment` and `since`, so that vector loads need no mask of their own."""
+        return _n_stored(self.n_slots)
 
     @property
     def n_layers(self) -> int:
@@ -155,8 +165,8 @@ class CacheBooks:
         self.cache = cache
         self.key = cache.key_of.tolist()
         self.segment = [Segment(code) for code in cache.segment.tolist()]
-        self.stamp = cache.stamp.tolist()
-        self.clock = int(cache.clock)
+        self.since = cache.since.tolist()
+        self.clock = 0  # touches in this call
         self.counts: Multiset[Counter] = Multiset()
 
     def slot_of(self, key: int) -> int:
@@ -173,23 +183,22 @@ class CacheBooks:
 
     def touch(self, slot: int, segment: Segment) -> None:
         """Most recent of `segment`."""
-        self.segment[slot], self.stamp[slot] = segment, self.clock
+        self.segment[slot], self.since[slot] = segment, self.clock
         self.clock += 1
 
     def use(self, slot: int) -> None:
         self.touch(slot, Segment.PROTECTED)
         protected = self.holds(Segment.PROTECTED)
         if len(protected) > self.cache.protected_capacity:
-            self.touch(min(protected, key=self.stamp.__getitem__), Segment.PROBATION)
+            self.touch(min(protected, key=self.since.__getitem__), Segment.PROBATION)
 
     def make_room(self, in_use: set[int]) -> bool:
-        """Room for one more in probation, by an eviction if need be; False if all of probation is in use."""
-        probation = self.holds(Segment.PROBATION)
-        if len(probation) < self.cache.capacity - self.cache.protected_capacity:
+        """Room for one more member, by an eviction if need be; False if all of probation is in use."""
+        if len(self.holds(Segment.PROBATION, Segment.PROTECTED)) < self.cache.capacity:
             return True
-        candidates = [slot for slot in probation if self.key[slot] not in in_use]
+        candidates = [slot for slot in self.holds(Segment.PROBATION) if self.key[slot] not in in_use]
         if candidates:
-            self.free(min(candidates, key=self.stamp.__getitem__))
+            self.free(min(candidates, key=self.since.__getitem__))
             self.counts[Counter.EVICTIONS] += 1
         return bool(candidates)
 
@@ -226,15 +235,20 @@ class CacheBooks:
         for slot, key in enumerate(self.key):
             if key >= 0:
                 cache.slot_of.view(-1)[key] = slot
-        for tensor, values in ((cache.key_of, self.key), (cache.segment, self.segment), (cache.stamp, self.stamp)):
+        before_next = [since - self.clock for since in self.since]
+        since = [age if age >= OLDEST else OLDEST - MAX_SLOTS + slot for slot, age in enumerate(before_next)]
+        for tensor, values in ((cache.key_of, self.key), (cache.segment, self.segment), (cache.since, since)):
             tensor.copy_(tensor.new_tensor(values))
-        cache.clock.fill_(self.clock)
         for counter, count in self.counts.items():
             cache.counters[counter] += count
 
 
+def _n_stored(n_slots: int) -> int:
+    return (n_slots + STORED_IN - 1) // STORED_IN * STORED_IN
+
+
 def slru_protected(capacity: int) -> int:
-    """Protected's share in `prefetch.cache.slru`: all but a quarter, of at least 1, for probation."""
+    """Protected's share in `prefetch.cache.slru`: all but a quarter, of at least 1, which probation always has."""
     return capacity - max(1, capacity // 4)
 
 
@@ -253,5 +267,4 @@ def check_plan_inputs(cache: DeviceCache, layer: int, ids: Tensor, predicted: Te
     for name, tensor in (("plan.copy_keys", plan.copy_keys), ("plan.copy_slots", plan.copy_slots)):
         check_tensor(name, tensor, [ids.numel() + n_predicted], [torch.int32], device)
     check_tensor("plan.copy_bounds", plan.copy_bounds, [3], [torch.int32], device)
-    if cache.n_layers * cache.n_experts >= 2**31:
-        raise KernelInputError(f"{cache.n_layers} layers of {cache.n_experts} experts: expert keys must fit 31 bits")
+    check_at_most("layers x experts", cache.n_layers * cache.n_experts, "MAX_KEYS", MAX_KEYS)

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.integers import next_power_of_2
 from kernels.launch import check_at_most, check_tensor
-from kernels.selection import highest, highest_reference, selection_keys
+from kernels.selection import CHUNK_LANES, highest, highest_reference, selection_keys
 
 
 class Guesses(NamedTuple):
@@ -43,9 +44,10 @@ class Guesses(NamedTuple):
     def n_guesses(self) -> int:
         return int(self.ids.shape[1])
 
-    def arguments(self, threshold: float) -> dict[str, Tensor | int | float | bool | None]:
-        """What a kernel takes that calls `write_guesses`."""
+    def arguments(self, threshold: float, num_warps: int) -> dict[str, Tensor | int | float | bool | None]:
+        """What a kernel takes that calls `write_guesses`, in programs of `num_warps` warps."""
         n_experts = self.logits.shape[1]
+        n_lanes = next_power_of_2(n_experts)
         return {
             "logits_ptr": self.logits,
             "guess_ids_ptr": self.ids,
@@ -53,8 +55,10 @@ class Guesses(NamedTuple):
             "n_experts": n_experts,
             "n_guesses": self.n_guesses,
             "threshold": float(threshold),
-            "LANES": triton.next_power_of_2(n_experts),
-            "GUESSES": triton.next_power_of_2(self.n_guesses),
+            "CHUNKS": max(1, n_lanes // CHUNK_LANES),
+            "COPIES": num_warps,
+            "LANES": min(n_lanes, CHUNK_LANES),
+            "GUESSES": next_power_of_2(self.n_guesses),
         }
 
 
@@ -75,18 +79,23 @@ def write_guesses(  # type: ignore[no-untyped-def]
     n_experts,
     n_guesses,
     threshold,
+    CHUNKS: tl.constexpr,
+    COPIES: tl.constexpr,
     LANES: tl.constexpr,
     GUESSES: tl.constexpr,
 ):
     """Choose among the logits of one token (int64) that this program, or those it has seen arrive, have stored."""
     tl.debug_barrier()  # other threads of this program stored some of them
     logits_ptr += token * n_experts
-    lane = tl.arange(0, LANES)[None, :]
-    keys = selection_keys(tl.load(logits_ptr + lane, mask=lane < n_experts, other=0), lane, lane < n_experts)
-    ids = highest(keys, n_guesses, GUESSES)
+    # A row for each warp, so that none waits for another; the first one's is stored.
+    lane = tl.arange(0, CHUNKS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
+    lane = tl.broadcast_to(lane, [CHUNKS, COPIES, LANES])
+    real = lane < n_experts
+    ids = highest(selection_keys(tl.load(logits_ptr + lane, mask=real, other=0), real), lane, n_guesses, GUESSES)
     scores = tl.load(logits_ptr + ids, mask=ids >= 0, other=float("-inf"))
     reached = scores >= threshold
-    rank = tl.arange(0, GUESSES)[None, :]
+    rank = tl.broadcast_to(tl.arange(0, GUESSES)[None, :], [COPIES, GUESSES])
     at = token * n_guesses + rank
-    tl.store(guess_ids_ptr + at, tl.where(reached, ids, -1), mask=rank < n_guesses)
-    tl.store(guess_scores_ptr + at, tl.where(reached, scores, float("-inf")), mask=rank < n_guesses)
+    stored = (rank < n_guesses) & (tl.arange(0, COPIES)[:, None] == 0)
+    tl.store(guess_ids_ptr + at, tl.where(reached, ids, -1), mask=stored)
+    tl.store(guess_scores_ptr + at, tl.where(reached, scores, float("-inf")), mask=stored)

@@ -25,10 +25,12 @@ from torch.nn.functional import gelu as torch_gelu
 from kernels.compile_case import SHORT_NAMES, CompileCase, Expectations
 from kernels.gelu import gelu
 from kernels.guesses import Guesses, guesses_reference, write_guesses
+from kernels.integers import cdiv, next_power_of_2
 from kernels.launch import FLOAT_DTYPES, Launch, check_aligned, check_at_most, check_launchable, check_tensor
 from kernels.selection import check_arrivals, last_to_arrive
 
 MAX_RANK = 1024
+NUM_WARPS = 8
 TILE = 16_384  # weights of the correction in flight: 64 a thread
 
 
@@ -160,13 +162,13 @@ def corrected_gate_launch(call: CorrectedGateCall, out: Guesses, arrivals: Tenso
     out.check(call.n_tokens, call.head.n_experts, call.residual.device)
     check_arrivals(arrivals, call.n_tokens, call.residual.device)
     head, n_rows = call.head, call.head.entry.shape[0]
-    wide = max(16, triton.next_power_of_2(head.rank))
+    wide = max(16, next_power_of_2(head.rank))
     rows = 4 if n_rows * call.n_tokens >= 1024 else 2
     return Launch(
         _predict_kernel,
-        (triton.cdiv(n_rows, rows), call.n_tokens),
+        (cdiv(n_rows, rows), call.n_tokens),
         {
-            **out.arguments(call.threshold),
+            **out.arguments(call.threshold, NUM_WARPS),
             "residual_ptr": call.residual,
             "offset_ptr": head.offset,
             "norm_ptr": head.norm,
@@ -179,11 +181,11 @@ def corrected_gate_launch(call: CorrectedGateCall, out: Guesses, arrivals: Tenso
             "epsilon": float(head.epsilon),
             "HIDDEN": head.hidden,
             "ROWS": rows,
-            "COLUMNS": min(2048, triton.next_power_of_2(head.hidden)),
+            "COLUMNS": min(2048, next_power_of_2(head.hidden)),
             "WIDTH": wide,
-            "CHUNK": min(TILE // wide, triton.next_power_of_2(head.n_experts)),
+            "CHUNK": min(TILE // wide, next_power_of_2(head.n_experts)),
         },
-        num_warps=8,
+        num_warps=NUM_WARPS,
     )
 
 
@@ -209,6 +211,7 @@ def _predict_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, guess_ids_ptr, guess_scores_ptr,
     n_rows, rank, epsilon, n_experts, n_guesses, threshold,
     HIDDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr, COPIES: tl.constexpr,
     LANES: tl.constexpr, GUESSES: tl.constexpr,
 ):  # fmt: skip
     """ROWS entries of one token's [W; D] x; in the token's last program, the correction and the choice."""
@@ -243,4 +246,6 @@ def _predict_kernel(  # type: ignore[no-untyped-def]
         tl.store(
             logits_ptr + token * n_experts + target, gate + tl.sum(correction * inner[None, :], axis=1), mask=target_inside
         )
-    write_guesses(token, logits_ptr, guess_ids_ptr, guess_scores_ptr, n_experts, n_guesses, threshold, LANES, GUESSES)
+    write_guesses(
+        token, logits_ptr, guess_ids_ptr, guess_scores_ptr, n_experts, n_guesses, threshold, CHUNKS, COPIES, LANES, GUESSES
+    )

@@ -29,12 +29,14 @@ from torch.nn.functional import gelu as torch_gelu
 from kernels.compile_case import SHORT_NAMES, CompileCase, Expectations
 from kernels.gelu import gelu
 from kernels.guesses import Guesses, guesses_reference, write_guesses
+from kernels.integers import cdiv, next_power_of_2
 from kernels.launch import FLOAT_DTYPES, Launch, check_aligned, check_at_most, check_launchable, check_tensor
 from kernels.selection import check_arrivals, last_to_arrive
 from prefetch.errors import KernelInputError
 
 MAX_WIDTH = 1024  # a program holds one vector of it in registers, beside a tile of the matrices
-TILE_BYTES = 32_768  # of each matrix in flight: 128 a thread
+NUM_WARPS = 8
+TILE_BYTES = {2: 32_768, 4: 16_384}  # of each matrix in flight, by the bytes of a weight: fp32 spills with more
 
 
 @dataclass(frozen=True)
@@ -215,13 +217,13 @@ def predict_launch(call: MlpCall, out: Guesses, arrivals: Tensor) -> Launch:
     out.check(call.n_tokens, call.head.n_experts, call.x.device)
     check_arrivals(arrivals, call.n_tokens, call.x.device)
     head, block = call.head, call.head.block
-    n_rows, wide = head.entry.shape[0], max(16, triton.next_power_of_2(head.width))
-    rows = 4 if n_rows * call.n_tokens >= 1024 else 2
+    n_rows, wide = head.entry.shape[0], max(16, next_power_of_2(head.width))
+    rows = 4 if n_rows * call.n_tokens >= 512 else 2  # one program a multiprocessor is resident: 512 rows in one wave
     return Launch(
         _predict_kernel,
-        (triton.cdiv(n_rows, rows), call.n_tokens),
+        (cdiv(n_rows, rows), call.n_tokens),
         {
-            **out.arguments(call.threshold),
+            **out.arguments(call.threshold, NUM_WARPS),
             "x_ptr": call.x,
             "topk_ids_ptr": call.topk_ids,
             "topk_weights_ptr": call.topk_weights,
@@ -242,13 +244,13 @@ def predict_launch(call: MlpCall, out: Guesses, arrivals: Tensor) -> Launch:
             "top_k": call.topk_ids.shape[1],
             "HIDDEN": head.hidden,
             "N_WIDTH": head.width,
-            "RANKS": triton.next_power_of_2(call.topk_ids.shape[1]),
+            "RANKS": next_power_of_2(call.topk_ids.shape[1]),
             "ROWS": rows,
-            "COLUMNS": min(2048, triton.next_power_of_2(head.hidden)),
+            "COLUMNS": min(2048, next_power_of_2(head.hidden)),
             "WIDTH": wide,
-            "CHUNK": min(TILE_BYTES // (wide * head.entry.dtype.itemsize), wide),
+            "CHUNK": min(TILE_BYTES[head.entry.dtype.itemsize] // (wide * head.entry.dtype.itemsize), wide),
         },
-        num_warps=8,
+        num_warps=NUM_WARPS,
     )
 
 
@@ -281,7 +283,8 @@ def _predict_kernel(  # type: ignore[no-untyped-def]
     state_ptr, arrivals_ptr, logits_ptr, guess_ids_ptr, guess_scores_ptr,
     n_rows, n_units, top_k, n_experts, n_guesses, threshold,
     HIDDEN: tl.constexpr, N_WIDTH: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr, GUESSES: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, COPIES: tl.constexpr,
+    LANES: tl.constexpr, GUESSES: tl.constexpr,
 ):  # fmt: skip
     """ROWS entries of one token's v and s; in the token's last program, all that follows.
 
@@ -290,13 +293,6 @@ def _predict_kernel(  # type: ignore[no-untyped-def]
     token = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
-    products = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, HIDDEN, COLUMNS):
-        inside = first + column < HIDDEN
-        x = tl.load(x_ptr + token * HIDDEN + first + column, mask=inside, other=0).to(tl.float32)
-        entry_ptrs = entry_ptr + row[:, None] * HIDDEN + first + column[None, :]
-        products += tl.load(entry_ptrs, mask=(row < n_rows)[:, None] & inside[None, :], other=0).to(tl.float32) * x[None, :]
-    entries = tl.sum(products, axis=1) + tl.load(entry_bias_ptr + row, mask=row < n_rows, other=0)
     rank = tl.arange(0, RANKS)
     expert = tl.load(topk_ids_ptr + token * top_k + rank, mask=rank < top_k, other=-1)
     weight = tl.load(topk_weights_ptr + token * top_k + rank, mask=rank < top_k, other=0)
@@ -304,6 +300,16 @@ def _predict_kernel(  # type: ignore[no-untyped-def]
     known = ((expert >= 0) & (expert < n_experts))[:, None] & (row < N_WIDTH)[None, :]
     added = tl.load(routing_ptrs, mask=known, other=0).to(tl.float32)
     by_weight = tl.load(routing_ptrs + n_experts * N_WIDTH, mask=known, other=0).to(tl.float32)
+    entry_bias = tl.load(
+        entry_bias_ptr + row, mask=row < n_rows, other=0
+    )  # all of this before the loop: it need not be waited for
+    products = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, HIDDEN, COLUMNS):
+        inside = first + column < HIDDEN
+        x = tl.load(x_ptr + token * HIDDEN + first + column, mask=inside, other=0).to(tl.float32)
+        entry_ptrs = entry_ptr + row[:, None] * HIDDEN + first + column[None, :]
+        products += tl.load(entry_ptrs, mask=(row < n_rows)[:, None] & inside[None, :], other=0).to(tl.float32) * x[None, :]
+    entries = tl.sum(products, axis=1) + entry_bias
     entries += tl.sum(tl.where(known, added + weight[:, None] * by_weight, 0.0), axis=0)
     activated = tl.where(row < N_WIDTH, gelu(entries), tl.sigmoid(entries))
     state_ptr += token * n_rows
@@ -334,4 +340,6 @@ def _predict_kernel(  # type: ignore[no-untyped-def]
         if prior_ptr is not None:
             logits += tl.load(prior_ptr + token * n_experts + target, mask=target < n_experts, other=0)
         tl.store(logits_ptr + token * n_experts + target, logits, mask=target < n_experts)
-    write_guesses(token, logits_ptr, guess_ids_ptr, guess_scores_ptr, n_experts, n_guesses, threshold, LANES, GUESSES)
+    write_guesses(
+        token, logits_ptr, guess_ids_ptr, guess_scores_ptr, n_experts, n_guesses, threshold, CHUNKS, COPIES, LANES, GUESSES
+    )

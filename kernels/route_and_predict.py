@@ -15,10 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.compile_case import SHORT_NAMES, CompileCase, Expectations
+from kernels.integers import cdiv, next_power_of_2
 from kernels.launch import Launch, check_launchable
 from kernels.router_call import BLOCK_TOKENS, Routed, RouterCall
 from kernels.routing import SMALLEST_SUM, Routing
-from kernels.selection import TAKEN, highest, last_to_arrive, selection_keys
+from kernels.selection import CHUNK_LANES, NO_ID, TAKEN, highest, last_to_arrive, selection_keys
+
+VECTOR_BYTES = 4096  # of a row of weights at once: 8 loads of 16 bytes a thread in flight
+BLOCK_COLUMNS = {2: 512, 4: 128}  # of a tile of weights, by the bytes of one
 
 
 def route_and_predict(call: RouterCall, out: Routed | None = None, arrivals: Tensor | None = None) -> Routed:
@@ -51,13 +55,19 @@ def route_launch(call: RouterCall, out: Routed, arrivals: Tensor) -> Launch:
     call.check_outputs(out, arrivals)
     routing, hidden = call.routing, call.x.shape[1]
     vector = call.block_tokens == 1
-    rows = _vector_rows(call) if vector else BLOCK_TOKENS
-    width = triton.next_power_of_2(hidden)
+    rows = 1 if vector else BLOCK_TOKENS
     n_groups = routing.n_groups if routing.grouped else 1
-    lanes = triton.next_power_of_2(n_groups) * triton.next_power_of_2(call.n_experts // n_groups)
+    most = VECTOR_BYTES // call.x.element_size() if vector else BLOCK_COLUMNS[call.x.element_size()]
+    if n_groups > 1 and not vector:
+        most //= 2  # with tiles of 512 columns beside the selection by groups, registers spill on sm_100
+    columns = min(max(next_power_of_2(hidden), 16), most)
+    group_size = call.n_experts // n_groups
+    members = next_power_of_2(group_size)
+    n_lanes = next_power_of_2(n_groups) * members
+    lanes = min(n_lanes, max(CHUNK_LANES, members if n_groups > 1 else 1))
     return Launch(
         _route_kernel,
-        (triton.cdiv(call.n_experts, rows), 1 + call.n_heads, call.n_blocks),
+        (cdiv(call.n_experts, rows), 1 + call.n_heads, call.n_blocks),
         {
             "x_ptr": call.x,
             "weights_ptr": call.weights,
@@ -82,23 +92,19 @@ def route_launch(call: RouterCall, out: Routed, arrivals: Tensor) -> Launch:
             "SMALLEST_SUM": SMALLEST_SUM,
             "N_GROUPS": n_groups,
             "TWO_BEST": routing.group_score == "two_best",
-            "GROUPS": triton.next_power_of_2(n_groups),
+            "GROUP_SIZE": group_size if n_groups > 1 else members,  # one group needs no gaps between groups
+            "MEMBERS": members,
+            "CHUNKS": n_lanes // lanes,
             "LANES": lanes,
-            "RANKS": triton.next_power_of_2(routing.top_k),
-            "GUESSES": triton.next_power_of_2(max(call.n_guesses, 1)),
+            "RANKS": next_power_of_2(routing.top_k),
+            "GUESSES": next_power_of_2(max(call.n_guesses, 1)),
             "TOKENS": call.block_tokens,
             "ROWS": rows,
-            "COLUMNS": min(width, 4096 // rows) if vector else min(max(width, 16), 128),
+            "COLUMNS": columns // 2 if vector and hidden % columns and hidden % (columns // 2) == 0 else columns,
         },
-        num_warps=8 if call.block_tokens * lanes > 4096 else 4,
+        num_warps=1 if vector else 8 if n_lanes > 128 else 4,  # a vector's program is one warp, which waits for no other
         num_stages=1 if vector else 3,
     )
-
-
-def _vector_rows(call: RouterCall) -> int:
-    """Rows of weights a program: as many as leave a program for each multiprocessor of a large GPU, but no more than 4."""
-    n_rows = call.n_tokens * (1 + call.n_heads) * call.n_experts
-    return max(1, min(4, triton.next_power_of_2(n_rows // 128 + 1) // 2))
 
 
 def compile_cases() -> list[CompileCase]:
@@ -134,7 +140,7 @@ def _route_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, topk_ids_ptr, topk_weights_ptr, head_ids_ptr, head_scores_ptr,
     n_tokens, n_experts, top_k, n_guesses, scaling_factor, n_kept_groups,
     HIDDEN: tl.constexpr, SOFTMAX: tl.constexpr, BY_LOGIT: tl.constexpr, RENORMALISE: tl.constexpr, SMALLEST_SUM: tl.constexpr,
-    N_GROUPS: tl.constexpr, TWO_BEST: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
+    N_GROUPS: tl.constexpr, TWO_BEST: tl.constexpr, GROUP_SIZE: tl.constexpr, MEMBERS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr,
     RANKS: tl.constexpr, GUESSES: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Logits of ROWS experts of one head for TOKENS tokens; in the last such program of head and tokens, the selection."""
@@ -154,23 +160,27 @@ def _route_kernel(  # type: ignore[no-untyped-def]
     if not last_to_arrive(arrivals_ptr + head * tl.num_programs(2) + tl.program_id(2), tl.num_programs(0)):
         return
 
-    MEMBERS: tl.constexpr = LANES // GROUPS
-    lane = tl.arange(0, LANES)[None, :]
-    group_size = n_experts // N_GROUPS
-    lane_expert = (lane // MEMBERS) * group_size + lane % MEMBERS
-    real = (lane // MEMBERS < N_GROUPS) & (lane % MEMBERS < group_size)
-    logits = tl.where(real, tl.load(token_logits + lane_expert, mask=token_inside[:, None] & real, other=0), float("-inf"))
+    lane = tl.arange(0, CHUNKS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
+    lane_expert = lane
+    real = lane < n_experts
+    if GROUP_SIZE < MEMBERS:
+        lane_expert = lane // MEMBERS * GROUP_SIZE + lane % MEMBERS
+        real = (lane // MEMBERS < N_GROUPS) & (lane % MEMBERS < GROUP_SIZE)
+    lane_logits = token_logits[None, :, :] + lane_expert
+    logits = tl.load(lane_logits, mask=token_inside[None, :, None] & real, other=0)
+    logits = tl.where(real, logits, float("-inf"))
     if head == 0:
-        best = tl.max(logits, axis=1, keep_dims=True)
-        total = tl.sum(tl.exp(logits - best), axis=1, keep_dims=True)
+        best = tl.max(tl.max(logits, axis=0), axis=1)[:, None]
+        total = tl.sum(tl.sum(tl.exp(logits - best[None, :, :]), axis=0), axis=1)[:, None]
         choice = logits
         if not BY_LOGIT:
-            choice = _scores(logits, best, total, SOFTMAX)
+            choice = _scores(logits, best[None, :, :], total[None, :, :], SOFTMAX)
         if selection_bias_ptr is not None:
             choice += tl.load(selection_bias_ptr + lane_expert, mask=real, other=0)
         if N_GROUPS > 1:
-            choice = _only_best_groups(choice, real, n_kept_groups, N_GROUPS, GROUPS, MEMBERS, TWO_BEST)
-        ids = highest(selection_keys(choice, lane_expert, real), top_k, RANKS)
+            kept = _best_groups(choice, real, n_kept_groups, N_GROUPS, MEMBERS, TWO_BEST)
+            choice = tl.where((kept[None, :, None] >> (lane // MEMBERS)) & 1 == 1, choice, float("-inf"))
+        ids = highest(selection_keys(choice, real), lane_expert, top_k, RANKS)
         inside = token_inside[:, None] & (ids >= 0)
         chosen = tl.load(token_logits + ids, mask=inside, other=float("-inf"))
         weights = tl.where(inside, _scores(chosen, best, total, SOFTMAX), 0.0)
@@ -180,7 +190,7 @@ def _route_kernel(  # type: ignore[no-untyped-def]
         tl.store(topk_ids_ptr + out, ids, mask=inside)
         tl.store(topk_weights_ptr + out, weights * scaling_factor, mask=inside)
     elif head_ids_ptr is not None:
-        guesses = highest(selection_keys(logits, lane_expert, real), n_guesses, GUESSES)
+        guesses = highest(selection_keys(logits, real), lane_expert, n_guesses, GUESSES)
         guessed = token_inside[:, None] & (guesses >= 0)
         at = ((head - 1).to(tl.int64) * n_tokens + token[:, None]) * n_guesses + tl.arange(0, GUESSES)[None, :]
         tl.store(head_ids_ptr + at, guesses, mask=guessed)
@@ -199,7 +209,7 @@ def _row_logits(  # type: ignore[no-untyped-def]
         products = tl.zeros([ROWS, COLUMNS], tl.float32)
         weight_ptrs = weights_ptr + row[:, None] * HIDDEN + column[None, :]
         for first in range(0, HIDDEN, COLUMNS):
-            inside = first + column < HIDDEN
+            inside = (first + column < HIDDEN) | (HIDDEN % COLUMNS == 0)
             x = tl.load(x_ptrs + first, mask=inside[None, :], other=0).to(tl.float32)
             products += tl.load(weight_ptrs + first, mask=row_inside[:, None] & inside[None, :], other=0).to(tl.float32) * x
         return tl.sum(products, axis=1)[None, :]
@@ -224,21 +234,28 @@ def _scores(logits, best, total, SOFTMAX: tl.constexpr):  # type: ignore[no-unty
 
 
 @triton.jit
-def _only_best_groups(  # type: ignore[no-untyped-def]
-    choice, real, n_kept, N_GROUPS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr, TWO_BEST: tl.constexpr
+def _best_groups(  # type: ignore[no-untyped-def]
+    choice, real, n_kept, N_GROUPS: tl.constexpr, MEMBERS: tl.constexpr, TWO_BEST: tl.constexpr
 ):
-    """`choice` [TOKENS, GROUPS * MEMBERS] with -inf outside the `n_kept` best groups of each token."""
-    groups = tl.reshape(tl.where(real & (choice == choice), choice, float("-inf")), [choice.shape[0], GROUPS, MEMBERS])
-    score = tl.max(groups, axis=2)
+    """int32 [TOKENS]: a bit for each of the `n_kept` best groups of MEMBERS lanes of `choice` [CHUNKS, TOKENS, LANES].
+
+    Bits, so that `choice` itself keeps its layout, in which a row's selection stays within a warp.
+    """
+    IN_CHUNK: tl.constexpr = choice.shape[2] // MEMBERS
+    groups = tl.where(real & (choice == choice), choice, float("-inf"))
+    groups = tl.reshape(groups, [choice.shape[0], choice.shape[1], IN_CHUNK, MEMBERS])
+    score = tl.max(groups, axis=3)
     if TWO_BEST:
-        member = tl.arange(0, MEMBERS)[None, None, :]
-        first = tl.min(tl.where(groups == score[:, :, None], member, MEMBERS), axis=2)
-        score += tl.max(tl.where(member == first[:, :, None], float("-inf"), groups), axis=2)
-    group = tl.arange(0, GROUPS)[None, :]
-    keys = selection_keys(score, group, group < N_GROUPS)
-    kept = tl.zeros_like(keys)
+        member = tl.arange(0, MEMBERS)[None, None, None, :]
+        best_member = tl.min(tl.where(groups == score[:, :, :, None], member, NO_ID), axis=3)
+        score += tl.max(tl.where(member == best_member[:, :, :, None], float("-inf"), groups), axis=3)
+    group = tl.arange(0, choice.shape[0])[:, None, None] * IN_CHUNK + tl.arange(0, IN_CHUNK)[None, None, :]
+    keys = selection_keys(score, group < N_GROUPS)
+    kept = tl.zeros([choice.shape[1]], tl.int32)
     for _ in range(n_kept):
-        best = keys == tl.max(keys, axis=1, keep_dims=True)
-        kept = tl.where(best, 1, kept)
-        keys = tl.where(best, TAKEN, keys)
-    return tl.reshape(tl.where(kept[:, :, None] == 1, groups, float("-inf")), choice.shape)
+        best = tl.max(tl.max(keys, axis=0), axis=1)
+        first = tl.where(keys == best[None, :, None], group, NO_ID)
+        first = tl.min(tl.min(first, axis=0), axis=1)
+        kept |= 1 << first
+        keys = tl.where(group == first[None, :, None], TAKEN, keys)
+    return kept

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from kernels.integers import cdiv
 from kernels.launch import FLOAT_DTYPES, check_aligned, check_at_most, check_tensor
 from kernels.routing import Routing, route_reference
 from kernels.selection import check_arrivals, highest_reference
 from prefetch.errors import KernelInputError
 
 MAX_EXPERTS = 1024  # of which a thread of 8 warps holds 64 lanes of 16 tokens
+MAX_GROUPS = 32  # of which an int32 has a bit each
 VECTOR_TOKENS = 4  # up to here, reading the weights once a token from the L2 cache beats padding to 16
 BLOCK_TOKENS = 16  # the smallest matrix instruction's
 MAX_BLOCKS = 65_535  # CUDA's limit on a grid's third axis
@@ -67,6 +68,7 @@ class RouterCall:
             check_tensor("selection_bias", self.selection_bias, [self.n_experts], [torch.float32], device)
         check_at_most("experts", self.n_experts, "the kernel's limit", MAX_EXPERTS)
         self.routing.check(self.n_experts)
+        check_at_most("Routing.n_groups", self.routing.n_groups, "the kernel's limit", MAX_GROUPS)
         if self.n_heads:
             check_at_most("n_guesses", self.n_guesses, "experts", self.n_experts)
         elif self.n_guesses:
@@ -96,7 +98,7 @@ class RouterCall:
     @property
     def n_blocks(self) -> int:
         """Blocks of tokens."""
-        return triton.cdiv(self.n_tokens, self.block_tokens)
+        return cdiv(self.n_tokens, self.block_tokens)
 
     def new_result(self) -> Routed:
         """Memory for the result."""

@@ -1,7 +1,8 @@
 """The highest scores of a row inside a kernel, and which of many programs finishes last: what routers and predictors share.
 
-A score and its expert id are packed into one int64 whose order is the selection's order: higher score first, of equal scores the
-lower id. One `tl.max` then finds both. NaN counts as -inf, so whatever a row holds, its ids are distinct and in range.
+A score becomes an int32 of the same order, so that the highest of a warp's and the lowest id that has it are an instruction each
+(REDUX). A row's lanes are [CHUNKS, ROWS, LANES], of which the compiler gives chunks to registers, rows to warps and up to 128 lanes to
+one warp: nobody waits for another warp. NaN counts as -inf, so whatever a row holds, its ids are distinct and in range.
 """
 
 from __future__ import annotations
@@ -14,12 +15,18 @@ from torch import Tensor
 from kernels.launch import check_tensor
 from prefetch.errors import KernelInputError
 
-TAKEN = tl.constexpr(-(2**63))  # below the key of every score, -inf too
-ID_BITS = tl.constexpr(2**31 - 1)
+TAKEN = tl.constexpr(-(2**31))  # below the key of every score, -inf too
+NO_ID = tl.constexpr(2**31 - 1)  # above every id; all bits but the sign
+CHUNK_LANES = 128  # 4 a thread of a warp: what one vector load brings
 
 
 def check_arrivals(arrivals: Tensor, n_counts: int, device: torch.device) -> None:
-    """Refuse arrival counts (int32 zeros, kept at zero by the kernels) that are fewer than `n_counts`."""
+    """Refuse arrival counts (int32 zeros, kept at zero by the kernels) that are fewer than `n_counts`.
+
+    They belong to one stream: launches in order may share them, launches that can overlap may not (two streams, two graphs replayed
+    at once), since each would count the other's programs. A launch that the driver aborts may leave them above zero, but then the
+    context is lost with all its memory.
+    """
     check_tensor("arrivals", arrivals, [None], [torch.int32], device)
     if len(arrivals) < n_counts:
         raise KernelInputError(f"arrivals has {len(arrivals)} counts, this call needs {n_counts}")
@@ -32,24 +39,28 @@ def highest_reference(scores: Tensor, n: int) -> Tensor:
 
 
 @triton.jit
-def selection_keys(scores, ids, real):  # type: ignore[no-untyped-def]
-    """int64 keys of fp32 `scores`; `ids` int32 >= 0 and `real` (False = a padding lane, never selected) broadcast against them."""
+def selection_keys(scores, real):  # type: ignore[no-untyped-def]
+    """int32 keys of fp32 `scores`; `real` (False = a padding lane, never selected) broadcasts against them."""
     ordered = tl.where(scores != scores, float("-inf"), scores)
     bits = tl.where(ordered == 0, 0.0, ordered).to(tl.int32, bitcast=True)  # -0 ties with 0
-    rising = bits ^ ((bits >> 31) & ID_BITS)  # as integers, negative floats fall as they rise
-    return tl.where(real, (rising.to(tl.int64) << 32) | (ids ^ ID_BITS), TAKEN)
+    return tl.where(real, bits ^ ((bits >> 31) & NO_ID), TAKEN)  # as integers, negative floats fall as they rise
 
 
 @triton.jit
-def highest(keys, n, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Ids int32 [TOKENS, WIDTH]: the `n` highest of `keys` [TOKENS, LANES], best first, then -1. At least `n` lanes are real."""
+def highest(keys, ids, n, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Ids int32 [ROWS, WIDTH]: the `n` highest of `keys` [CHUNKS, ROWS, LANES] in each row, best first, then -1.
+
+    `ids` broadcasts against `keys` and tells a row's lanes apart. At least `n` lanes are real.
+    """
     rank = tl.arange(0, WIDTH)[None, :]
-    ids = tl.full([keys.shape[0], WIDTH], -1, tl.int32)
+    found = tl.full([keys.shape[1], WIDTH], -1, tl.int32)
     for taken in range(n):
-        best = tl.max(keys, axis=1, keep_dims=True)
-        ids = tl.where(rank == taken, ((best & ID_BITS) ^ ID_BITS).to(tl.int32), ids)
-        keys = tl.where(keys == best, TAKEN, keys)
-    return ids
+        best = tl.max(tl.max(keys, axis=0), axis=1)
+        first = tl.where(keys == best[None, :, None], ids, NO_ID)
+        first = tl.min(tl.min(first, axis=0), axis=1)
+        found = tl.where(rank == taken, first[:, None], found)
+        keys = tl.where(ids == first[None, :, None], TAKEN, keys)
+    return found
 
 
 @triton.jit

@@ -20,6 +20,9 @@ VICTIMS = ("tail", "least_accessed")
 class Slru(CachePolicy):
     """Probation holds a quarter of the slots (at least 1), protected the rest; each is a list, least recent first.
 
+    With one list for all layers, a fixed quarter smaller than the experts of one token loses each of them before its second
+    use, and nothing ever hits. `fill` lends probation the places that protected does not use.
+
     Args:
         capacity: slots of all segments together. The original turns a request for 1 into 2 (1 + 1); here `capacity` slots
             are all there are, so it must be at least 2, and 3 for `reserved`.
@@ -31,6 +34,8 @@ class Slru(CachePolicy):
         reserved: slots of the prefetch segment (`reserved` only): an int counts slots, a float is a fraction of `capacity`.
         expire_after: a reserved prefetch keeps its place until this many selections by its layer's router have passed it
             over, then a newer prefetch may take it. 1: until its layer has routed once; n * top-k: for n decoded tokens.
+        fill: probation may also hold what protected leaves free, so that no slot stays empty; as protected grows to its share,
+            probation shrinks to its quarter. False, the original: a quarter at all times.
 
     Raises:
         CapacityError: fewer slots than segments. ConfigError: an unknown variant or victim rule.
@@ -45,6 +50,7 @@ class Slru(CachePolicy):
         victim: str = "tail",
         reserved: float = 0.25,
         expire_after: int = 1,
+        fill: bool = False,
     ):
         _check_choice("variant", variant, VARIANTS)
         _check_choice("victim", victim, VICTIMS)
@@ -55,7 +61,7 @@ class Slru(CachePolicy):
                 f"got {capacity}, of them {n_reserved} reserved for prefetches"
             )
         super().__init__(capacity)
-        self.variant, self.victim = variant, victim
+        self.variant, self.victim, self.fill = variant, victim, fill
         self.proven_capacity = capacity - n_reserved  # probation and protected together
         self.probation_capacity = max(1, self.proven_capacity // 4)
         self.protected_capacity = self.proven_capacity - self.probation_capacity
@@ -128,10 +134,12 @@ class Slru(CachePolicy):
         return victims
 
     def _insert_in_protected(self, key: ExpertKey, in_use: Collection[ExpertKey]) -> list[ExpertKey]:
-        if len(self.protected) < self.protected_capacity:
+        if len(self.protected) < self.protected_capacity and self._n_proven < self.proven_capacity:
             self.protected[key] = None
             return []
-        victims = self._make_room_in_probation(1, in_use)  # for the one that protected sends back
+        victims = self._make_room_in_probation(
+            1, in_use
+        )  # for the one that protected sends back, or by what probation borrowed
         if not self._probation_has_room(1):
             return [*victims, key]
         self._protect(key)
@@ -139,7 +147,7 @@ class Slru(CachePolicy):
 
     def _insert_waiting(self, key: ExpertKey, in_use: Collection[ExpertKey]) -> list[ExpertKey]:
         victims = self._make_room_in_probation(0, in_use)  # what confirmed prefetches still owe
-        n_places = min(self.waiting.capacity, self.capacity - len(self.probation) - len(self.protected))
+        n_places = min(self.waiting.capacity, self.capacity - self._n_proven)
         if len(self.waiting) >= n_places:
             expired = self.waiting.pop_expired(in_use)
             if expired is None:
@@ -162,9 +170,13 @@ class Slru(CachePolicy):
             del self.protected[tail]
             self.probation[tail] = None
 
+    @property
+    def _n_proven(self) -> int:
+        return len(self.probation) + len(self.protected)
+
     def _probation_has_room(self, n_more: int) -> bool:
-        limit = min(self.probation_capacity, self.proven_capacity - len(self.protected))
-        return len(self.probation) + n_more <= limit
+        within_share = self.fill or len(self.probation) + n_more <= self.probation_capacity
+        return within_share and self._n_proven + n_more <= self.proven_capacity
 
     def _make_room_in_probation(self, n_more: int, in_use: Collection[ExpertKey]) -> list[ExpertKey]:
         """Evict until probation has room for `n_more`, or everything left in it is in use."""

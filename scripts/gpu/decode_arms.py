@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ class Policy:
     protected: Callable[[int], int]
 
 
-POLICIES = {"slru": Policy(Slru, slru_protected), "lru": Policy(Lru, lambda capacity: 0)}
+POLICIES = {"slru": Policy(partial(Slru, fill=True), slru_protected), "lru": Policy(Lru, lambda capacity: 0)}
 
 
 def kinds(scene: Scene, n_slots: int) -> list[Kind]:

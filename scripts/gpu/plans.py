@@ -121,7 +121,7 @@ def _books(cache: DeviceCache, plan: CachePlan) -> Tensor:
     """All that a plan decides, int64, in one tensor; entries of the copy list past its end are undefined and set to 0."""
     listed = torch.arange(len(plan.copy_keys), device=plan.copy_keys.device) < plan.copy_bounds[2]
     copies = (torch.where(listed, entries, 0) for entries in (plan.copy_keys, plan.copy_slots))
-    state = cache.slot_of, cache.key_of, cache.segment, cache.stamp, cache.clock, cache.counters
+    state = cache.tensors
     return torch.cat([part.flatten().long() for part in (*state, plan.slot_ids, plan.copy_bounds, *copies)])
 
 

@@ -80,7 +80,7 @@ def test_tokens_equal_unmodified_transformers(predictor: Predictor, tiny_qwen3: 
     assert (counts["prefetches"] > 0) == (not isinstance(predictor, NoPredictor))
 
 
-@pytest.mark.parametrize("policy", [Lru(12), Slru(20)], ids=["lru", "slru"])
+@pytest.mark.parametrize("policy", [Lru(12), Slru(12, fill=True)], ids=["lru", "slru"])
 def test_hits_are_those_of_the_hosts_cache(policy: CachePolicy, tiny_qwen3: Path, pack_dir: Path) -> None:
     protected = slru_protected(policy.capacity) if isinstance(policy, Slru) else 0
     events: list[list[ExpertKey]] = []

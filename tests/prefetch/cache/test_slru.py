@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 
+import cachetools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,8 @@ some_keys = st.sampled_from(KEYS[:14])
 class TwoLists:
     """The original's rules written down once more, most recent first, as plainly as possible."""
 
-    def __init__(self, capacity: int, victim: str):
+    def __init__(self, capacity: int, victim: str, fill: bool):
+        self.capacity, self.fill = capacity, fill
         self.probation_capacity = max(1, capacity // 4)
         self.protected_capacity = max(1, capacity - self.probation_capacity)
         self.probation: list[ExpertKey] = []
@@ -43,7 +45,8 @@ class TwoLists:
     def insert(self, key: ExpertKey, in_use: Collection[ExpertKey], is_prefetch: bool) -> list[ExpertKey]:
         self.selected[key] += not is_prefetch
         self.probation.insert(0, key)
-        if len(self.probation) <= self.probation_capacity:
+        n_members = len(self.probation) + len(self.protected)
+        if n_members <= self.capacity if self.fill else len(self.probation) <= self.probation_capacity:
             return []
         candidates = [other for other in reversed(self.probation) if other != key and other not in in_use]
         if not candidates:
@@ -55,6 +58,7 @@ class TwoLists:
         return [candidates[0]]
 
 
+@pytest.mark.parametrize("fill", [False, True])
 @pytest.mark.parametrize("victim", ["tail", "least_accessed"])
 @settings(max_examples=150, deadline=None)
 @given(
@@ -62,9 +66,9 @@ class TwoLists:
     steps=st.lists(st.tuples(some_keys, st.booleans(), st.sets(some_keys, max_size=4)), max_size=120),
 )
 def test_original_equals_two_plain_lists(
-    victim: str, capacity: int, steps: list[tuple[ExpertKey, bool, set[ExpertKey]]]
+    victim: str, fill: bool, capacity: int, steps: list[tuple[ExpertKey, bool, set[ExpertKey]]]
 ) -> None:
-    cache, model = Slru(capacity, victim=victim), TwoLists(capacity, victim)
+    cache, model = Slru(capacity, victim=victim, fill=fill), TwoLists(capacity, victim, fill)
     for key, is_prefetch, in_use in steps:
         if key in cache:
             cache.access(key)
@@ -76,14 +80,15 @@ def test_original_equals_two_plain_lists(
         assert list(cache.protected) == model.protected[::-1]
 
 
+@pytest.mark.parametrize("fill", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=100, deadline=None)
 @given(
     capacity=st.integers(3, 9),
     calls=st.lists(st.tuples(st.sampled_from(["route", "prefetch", "pin", "unpin", "remove"]), some_keys), max_size=120),
 )
-def test_pinned_members_never_leave(variant: str, capacity: int, calls: list[tuple[str, ExpertKey]]) -> None:
-    cache, pinned = Slru(capacity, variant=variant), set()
+def test_pinned_members_never_leave(variant: str, fill: bool, capacity: int, calls: list[tuple[str, ExpertKey]]) -> None:
+    cache, pinned = Slru(capacity, variant=variant, fill=fill), set()
     for call, key in calls:
         victims: list[ExpertKey] = []
         if call == "pin":
@@ -155,6 +160,36 @@ def test_original_never_warms_up_where_a_token_needs_more_than_probation() -> No
     token = [KEYS[32 * layer : 32 * layer + 4] for layer in range(3)]
     assert replay_hits(Slru(16), token * 50).hits == 0
     assert replay_hits(Lru(16), token * 50).misses == 12
+
+
+def test_filled_probation_lives_to_see_the_second_use() -> None:
+    token = [KEYS[32 * layer : 32 * layer + 4] for layer in range(3)]
+    assert replay_hits(Slru(16, fill=True), token * 50).misses == 12
+
+
+def test_fill_is_first_in_first_out_while_nothing_is_used_twice() -> None:
+    cache, theirs = Slru(16, fill=True), cachetools.FIFOCache[ExpertKey, None](16)
+    for key in KEYS:
+        cache.insert(key)
+        theirs[key] = None
+        assert set(cache) == set(theirs)
+
+
+def test_probation_gives_back_what_it_borrowed_as_protected_grows() -> None:
+    cache = Slru(8, fill=True)
+    for key in KEYS[:8]:
+        cache.insert(key)
+    for key in KEYS[:7]:
+        cache.access(key)
+    assert (list(cache.probation), list(cache.protected)) == ([KEYS[7], KEYS[0]], KEYS[1:7])
+
+
+def test_a_prefetch_promoted_into_a_full_cache_takes_what_probation_borrowed() -> None:
+    cache = Slru(8, variant="promote_on_prefetch", fill=True)
+    for key in KEYS[:8]:
+        cache.insert(key)
+    assert cache.insert_prefetched(KEYS[8]) == [KEYS[0]]
+    assert (list(cache.probation), list(cache.protected)) == (KEYS[1:8], [KEYS[8]])
 
 
 def test_cold_promote_on_prefetch_fills_protected_at_once() -> None:
