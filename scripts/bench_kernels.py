@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.bench_kernels", description="Time the CPU path of the experts.")
     parser.add_argument("json", type=Path, help="where to write the measurements")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
-    parser.add_argument("--repeats", type=int, default=9, help="rounds in which every implementation has its turn")
+    parser.add_argument("--repeats", type=int, default=21, help="rounds in which every implementation has its turn")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     with torch.inference_mode():
