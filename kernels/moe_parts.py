@@ -30,9 +30,8 @@ from kernels.quantised_experts import QuantisedTable
 from kernels.repeated_launch import RepeatedLaunch
 from kernels.slot_table import ExpertTable
 
-MANY = (
-    1 << 16
-)  # as `top_k`: more than a call's pairs, so that each of them is of token 0; one number, so that one compiled kernel serves
+# As `top_k`: more than a call's pairs, so that each of them is of token 0; one number, so that one compiled kernel serves.
+MANY = 1 << 16
 
 
 class Part(NamedTuple):

@@ -38,9 +38,7 @@ class Family:
     activation: Callable[[PretrainedConfig], GatedActivation] = lambda config: SWIGLU
     intermediate_size: str = "moe_intermediate_size"  # attribute of the config that holds I
     n_experts: str = "num_experts"  # attribute of the config that holds E
-    routing: Callable[[PretrainedConfig], Routing] | None = (
-        None  # the router's rule, where it is not to take the highest logits
-    )
+    routing: Callable[[PretrainedConfig], Routing] | None = None  # the router's rule, where it is not the highest logits
     selection_bias: str = "e_score_correction_bias"  # attribute of the router, [E], where that rule has one
     moe_block: str = "mlp"  # attribute of a decoder layer (transformers 5)
     pre_moe_norm: str = "post_attention_layernorm"  # attribute of a decoder layer
