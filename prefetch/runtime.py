@@ -69,7 +69,8 @@ class OffloadRuntime(LayerServer):
         self.recorder.begin_forward(self.sequence, self.step, self.token_ids.cpu())
 
     def end_forward(self) -> None:
-        """The forward pass is over."""
+        """The forward pass is over, on the device too: without its last layer's experts and the head a prompt would seem quicker."""
+        self.compute.wait()
         self.recorder.end_forward()
 
     def before_attention(self, layer: int, pre_attention: Tensor) -> None:

@@ -97,6 +97,9 @@ class KernelExperts(ExpertCompute):
     def to_host(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return self.exchange.fetch(tensors)
 
+    def wait(self) -> None:
+        self.exchange.wait()
+
     def prepare(
         self, pairs_of: dict[int, list[int]], top_k: int, parts: Sequence[Sequence[ExpertKey]], addresses: Sequence[int]
     ) -> list[Part]:

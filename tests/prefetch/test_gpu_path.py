@@ -155,6 +155,14 @@ def test_the_host_waits_once_a_layer_and_predictors_are_asked_before(
     assert waits == ["predict", "fetch"] * (3 * NEW_TOKENS)
 
 
+def test_a_forward_pass_ends_when_the_device_is_done(tiny_qwen3: Path, pack_dir: Path, driver: StandInDriver) -> None:
+    with offloaded(tiny_qwen3, pack_dir, Setting(driver=driver)) as (model, runtime):
+        n_ended: list[int] = []  # passes that had ended by the book when the device was waited for
+        runtime.compute.wait = lambda: n_ended.append(len(runtime.recorder.wall_s))  # type: ignore[method-assign]
+        decode(model, PROMPT, NEW_TOKENS)
+    assert n_ended == list(range(NEW_TOKENS))
+
+
 def test_hits_are_one_upload_and_all_that_is_awaited_another(tiny_qwen3: Path, pack_dir: Path, driver: StandInDriver) -> None:
     with offloaded(tiny_qwen3, pack_dir, Setting(driver=driver)) as (model, runtime):
         asked = watched(runtime)
