@@ -91,6 +91,7 @@ def attach(model: PreTrainedModel, runtime: R) -> Iterator[R]:
     blocks = moe_blocks(model, family)
     runtime.bind(model_view(model, family, runtime.geometry, runtime.predicts_on))
     with ExitStack() as undo:
+        undo.callback(runtime.leave)
         for layer, block in enumerate(blocks):
             experts = getattr(block, family.experts)
             experts.offload_layer, experts.offload_runtime = layer, runtime

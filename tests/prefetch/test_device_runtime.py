@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from kernels.device_cache import DeviceCache, slru_protected
 from kernels.slot_table import ExpertTable, addresses_of
-from predictors.base import Predictor
+from predictors.base import LayerView, Prediction, Predictor
 from predictors.gate_reuse import GateReuse
 from predictors.none import NoPredictor
 from predictors.popularity import Popularity
@@ -157,6 +157,24 @@ def test_a_decode_step_of_a_transformers_model_asks_the_device_for_nothing(
         with Captured():
             model(input_ids=ids, past_key_values=cache, use_cache=True)
         assert (runtime.sequence, runtime.step) == (0, 1) and runtime.counts()["prefetches"] > 0
+
+
+class Interrupted(GateReuse):
+    """Ctrl-C at the second layer of a decode step, while the first one's prefetches are under way."""
+
+    def predict(self, seen: LayerView) -> list[Prediction]:
+        if seen.layer == 1:
+            raise KeyboardInterrupt
+        return super().predict(seen)
+
+
+def test_prefetches_of_a_pass_that_raised_are_waited_for(tiny_qwen3: Path, pack_dir: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), device_driven(tiny_qwen3, pack_dir, Interrupted()) as (model, runtime):
+        try:
+            decode(model, PROMPT, NEW_TOKENS)
+        finally:
+            assert runtime.prefetched is not None
+    assert runtime.prefetched is None
 
 
 def test_an_expert_that_was_not_there_is_noticed(tiny_qwen3: Path, pack_dir: Path) -> None:
