@@ -119,6 +119,17 @@ def test_a_failed_copy_surfaces_at_its_layer(tiny_qwen3: Path, pack_dir: Path, d
     assert spans == []
 
 
+def test_a_kernels_fault_surfaces_as_itself(tiny_qwen3: Path, pack_dir: Path, driver: StandInDriver) -> None:
+    def fault(*arguments: Any) -> None:
+        driver.die()
+        raise RuntimeError("the kernel's own fault")
+
+    with pytest.raises(RuntimeError, match="the kernel's own fault"):
+        with offloaded(tiny_qwen3, pack_dir, Setting(driver=driver)) as (model, runtime):
+            runtime.compute.begin = fault  # type: ignore[method-assign,assignment]
+            decode(model, PROMPT, NEW_TOKENS)
+
+
 def test_an_expert_that_was_not_there_is_noticed(tiny_qwen3: Path, pack_dir: Path, driver: StandInDriver) -> None:
     with offloaded(tiny_qwen3, pack_dir, Setting(driver=driver)) as (_, runtime):
         compute = runtime.compute

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from prefetch.cache.none import NoCache
 from prefetch.cache.replay import replay_hits
 from prefetch.cache.resident import Resident
 from prefetch.cache.slru import Slru
+from prefetch.compute.base import LayerCompute
 from prefetch.errors import CapacityError, RoutingError, TransferError
 from prefetch.planner.cpu_fallback import CpuFallback
 from prefetch.planner.top_m import TopM
@@ -248,6 +250,49 @@ def test_an_unreadable_expert_surfaces_at_its_layer_and_leaves_clean_books(tiny_
         runtime.finish()
         assert runtime.tier.pool.n_free + len(runtime.tier.slots) == runtime.tier.pool.n_slots
     assert torch.equal(tokens, decode(plain(tiny_qwen3))[0])
+
+
+def interrupt(owner: Any, name: str, after: list[None]) -> None:
+    """Ctrl-C instead of the method `name` of `owner`, once `after` is used up; only once."""
+    method = getattr(owner, name)
+
+    def interrupted(*arguments: Any) -> Any:
+        if after:
+            after.pop()
+            if not after:
+                raise KeyboardInterrupt
+        return method(*arguments)
+
+    setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize("where", ["begin", "wait_any", "from_slots"])
+@pytest.mark.parametrize("name", ["gate reuse", "policy admits", "no cache", "two transients"])
+def test_nothing_stays_on_board_that_had_not_arrived_when_its_call_was_interrupted(
+    where: str, name: str, tiny_qwen3: Path, pack_dir: Path, resident_logits: torch.Tensor
+) -> None:
+    after: list[None] = [None] * 5
+    with offloaded(tiny_qwen3, pack_dir, SETTINGS[name]()) as (model, runtime):
+        begin, tier = runtime.compute.begin, runtime.tier
+
+        def begun(*arguments: Any) -> LayerCompute:
+            call = begin(*arguments)
+            if where == "from_slots":
+                interrupt(call, where, after)
+            return call
+
+        runtime.compute.begin = begun  # type: ignore[method-assign]
+        if where != "from_slots":
+            interrupt(runtime.compute if where == "begin" else tier.transfers, where, after)
+        with pytest.raises(KeyboardInterrupt):
+            decode(model)
+        arrived = {key: slot for key, slot in tier.slots.items() if key not in tier.staged}
+        assert all(tier.pool.slot_of[key] == slot and key in tier.policy for key, slot in arrived.items())
+        assert all(key in tier.slots for key in tier.policy)
+        runtime.recorder.drop_unfinished()
+        assert torch.equal(decode(model)[1], resident_logits)
+        runtime.finish()
+        assert tier.pool.n_free + len(tier.slots) == tier.pool.n_slots
 
 
 def test_too_few_slots_are_refused(tiny_qwen3: Path, tmp_path: Path) -> None:
