@@ -131,7 +131,10 @@ class FastTier:
         self.considered.add(key)
 
     def stage(self, key: ExpertKey, lookahead: int, in_use: Collection[ExpertKey]) -> None:
-        """Start a prefetch of `key`, which is not on board. Nothing happens if the policy declines it or no slot is free."""
+        """Start a prefetch of `key`, which is not on board. Nothing happens if the policy declines it, no slot is free, or the layer
+        call that uses `in_use` uses it too: then its demand load may be waiting for a slot."""
+        if key in in_use:
+            return
         if self.policy_admits:
             victims = self.policy.insert_prefetched(key, in_use)
             self._evict(victim for victim in victims if victim != key)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,15 @@ from prefetch.cache.resident import Resident
 from prefetch.cache.slru import Slru
 from prefetch.compute.base import LayerCompute
 from prefetch.errors import CapacityError, RoutingError, TransferError
+from prefetch.fast_tier import FastTier
+from prefetch.geometry import PAGE_BYTES, ExpertGeometry, ExpertKey, MoEGeometry
 from prefetch.planner.cpu_fallback import CpuFallback
 from prefetch.planner.top_m import TopM
+from prefetch.slots import SlotPool
 from prefetch.transfers.sources import DiskSource, HostSource
+from prefetch.transfers.threads import ThreadTransfers
 from tests.prefetch.offloaded import PROMPTS, Setting, decode, offloaded, plain
+from tests.prefetch.transfers.gated_source import GatedSource
 
 SETTINGS: dict[str, Callable[[], Setting]] = {
     "resident": lambda: Setting(Resident(24), n_slots=24, staging=0, transient=0),
@@ -293,6 +300,32 @@ def test_nothing_stays_on_board_that_had_not_arrived_when_its_call_was_interrupt
         assert torch.equal(decode(model)[1], resident_logits)
         runtime.finish()
         assert tier.pool.n_free + len(tier.slots) == tier.pool.n_slots
+
+
+def test_what_waits_for_a_transients_slot_is_not_prefetched_too() -> None:
+    """A guess for the same layer of the next pass, when the slot of a cancelled prefetch has just become free."""
+    size = MoEGeometry(1, 8, 2, ExpertGeometry(32, 16, torch.float32))
+    pool, source = SlotPool(size, 2), GatedSource(size.expert.row_bytes, lambda key: key.expert == 0)
+    cancelled, first, waits = (ExpertKey(0, expert) for expert in range(3))
+    with closing(ThreadTransfers(source, pool.buffer, n_threads=1, chunk_bytes=PAGE_BYTES)) as transfers:
+        tier = FastTier(pool, NoCache(0), transfers, staging=1, transient=1)
+        tier.stage(cancelled, 1, [])
+        source.await_reads(1)
+        found = tier.look_up(0, [first, waits], lambda absent: [])
+        [waiting] = tier.start(found.misses)
+        source.open()
+        while not tier.prefetch_room:
+            time.sleep(0.001)
+        tier.stage(waits, 1, [first, waits])
+        for demand in found.misses:
+            tier.start(found.misses)
+            assert demand.record is not None
+            while not demand.record.transfer.settled:
+                transfers.wait_any([demand.record.transfer])
+            tier.arrived(demand)
+            tier.release(demand.key)
+        tier.finish()
+        assert waiting.arrived and pool.n_free == pool.n_slots and not tier.slots
 
 
 def test_too_few_slots_are_refused(tiny_qwen3: Path, tmp_path: Path) -> None:
