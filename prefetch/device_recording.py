@@ -71,6 +71,7 @@ class RecordedDeviceRuntime(DeviceRuntime):
 
     def begin_forward(self, token_ids: Tensor, *, new_sequence: bool) -> None:
         super().begin_forward(token_ids, new_sequence=new_sequence)
+        self._noted.clear()  # of a pass that raised
         self.recorder.begin_forward(self.sequence, self.step, token_ids.cpu())
 
     def end_forward(self) -> None:

@@ -83,6 +83,10 @@ class DeviceRuntime(LayerServer):
         """The forward pass is over: all of its work is on the current stream again, as the end of a graph's capture requires."""
         self._await_prefetches()
 
+    def leave(self) -> None:
+        """Whoever gets the memory of slots, tables and plans next uses it after the prefetches of a pass that raised."""
+        self._await_prefetches()
+
     def layer_call(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """The MoE layer's output [T, H] from the router's input [T, H] and choice [T, k]; enqueued, and nothing waited for."""
         if topk_ids.numel() > self.spare:
