@@ -23,15 +23,8 @@ from kernels.quantised import GROUPS
 from prefetch.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[1]
-CACHE_COMMON = (
-    "slots",
-    "staging",
-    "transient",
-    "scope",
-    "prefetch_admission",
-    "preload",
-    "hot_experts",
-)  # keys of `cache` that are not the policy's
+# Keys of `cache` that are not the policy's.
+CACHE_COMMON = ("slots", "staging", "transient", "scope", "prefetch_admission", "preload", "hot_experts")
 LONGEST_NAME = 200  # bytes of a folder's name
 PLAIN_TYPES = (bool, int, float, str, type(None))
 PLAIN = "plain"  # the expert_format of experts that are not quantised

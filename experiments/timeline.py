@@ -23,12 +23,12 @@ from prefetch.recorder import RunRecord
 DEFAULT_FORWARDS = 64  # a few MB of JSON for 48 layers
 COMPUTE, TRANSFERS = 1, 2  # process ids
 FORWARD_TRACK, LAYER_TRACK, PHASE_TRACK = 0, 1, 2  # thread ids of the compute process
-CALL_PHASES = {
+CALL_PHASES = {  # as drawn
     "overhead_s": "overhead",
     "predictor_s": "predictor",
     "stall_s": "stall",
     "expert_s": "expert compute",
-}  # as drawn
+}
 COLOURS = {  # names that Chrome's viewer knows; Perfetto colours slices by name
     "dense": "grey",
     "expert compute": "thread_state_running",
