@@ -30,9 +30,8 @@ class TransferRecord:
     kind: str  # "demand" | "prefetch" | "preload", at submission
     sequence: int  # when submitted; -1 for a preload, which comes before the first
     step: int
-    lookahead: (
-        int  # layers from the prediction to its target; 0 for a demand load, and for a layer predicted before its attention
-    )
+    # Layers from the prediction to its target; 0 for a demand load, and for a layer predicted before its attention.
+    lookahead: int
     outcome: str = ""  # "demand" | "useful" | "wasted" | "cancelled" | "failed" | "preload"
     late: bool = False  # useful, but it had not fully arrived when its layer needed it
 
@@ -54,9 +53,7 @@ class LookUp:
     hits: list[ExpertKey] = field(default_factory=list)  # in a slot, fully arrived
     late: list[Demand] = field(default_factory=list)  # its prefetch is under way
     misses: list[Demand] = field(default_factory=list)
-    in_place: list[ExpertKey] = field(
-        default_factory=list
-    )  # misses computed where they lie: by the CPU, or by a GPU across the link
+    in_place: list[ExpertKey] = field(default_factory=list)  # misses computed where they lie: by CPU, or by GPU across the link
     transient_hits: list[ExpertKey] = field(default_factory=list)  # hits (prefetched) that the policy declined
 
 

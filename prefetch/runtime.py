@@ -27,7 +27,7 @@ from prefetch.fast_tier import Demand, FastTier, LookUp
 from prefetch.geometry import ExpertKey, MoEGeometry
 from prefetch.layer_server import LayerServer
 from prefetch.planner.base import FastTierView, Planner
-from prefetch.recorder import CallTimer, Recorder
+from prefetch.recorder import CallTimer, Recorder, RunRecord
 
 log = logging.getLogger(__name__)
 
@@ -294,6 +294,10 @@ class OffloadRuntime(LayerServer):
     def finish(self) -> None:
         """End of the run: settle all prefetches, so that every byte has an outcome."""
         self.tier.finish()
+
+    def record(self) -> RunRecord:
+        """The run's tables, once it has finished."""
+        return self.recorder.record(self.tier.records)
 
     def close(self) -> None:
         """Stop the transfers. The runtime cannot be used again."""

@@ -10,9 +10,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments import backend
-from experiments.arm import check_slots
 from experiments.backend import enforce_budget, memory_budget, refuse_gpu, use_device
 from experiments.config import register, validate
+from experiments.slot_budget import check_slots
 from prefetch.device import compute_device, limit_memory, settle
 from prefetch.errors import CapacityError, ConfigError
 from prefetch.geometry import ExpertGeometry, MoEGeometry

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -31,13 +31,21 @@ from prefetch.model import attach, load_offloaded
 from prefetch.store import ExpertStore
 from tests.prefetch.offloaded import PROMPTS, decode, plain
 
+R = TypeVar("R", bound=DeviceRuntime)
 PROMPT, NEW_TOKENS, CAPACITY = PROMPTS[:1], 8, 6
 
 
 @contextmanager
 def device_driven(
-    folder: Path, pack_dir: Path, predictor: Predictor, *, capacity: int = CAPACITY, protected: int = 0, **knobs: Any
-) -> Iterator[tuple[PreTrainedModel, DeviceRuntime]]:
+    folder: Path,
+    pack_dir: Path,
+    predictor: Predictor,
+    *,
+    runtime_class: type[R] = DeviceRuntime,  # type: ignore[assignment]
+    capacity: int = CAPACITY,
+    protected: int = 0,
+    **knobs: Any,
+) -> Iterator[tuple[PreTrainedModel, R]]:
     """The model of `folder` in fp32, all of whose experts lie in "pinned" memory behind a few slots."""
     store = ExpertStore.open(folder, torch.float32, pack_dir, progress=False)
     size = store.geometry
@@ -53,7 +61,7 @@ def device_driven(
     pages = allocate_pages(cache.n_slots * size.expert.row_bytes, "a test")
     slots = torch.frombuffer(pages, dtype=torch.uint8).view(cache.n_slots, -1).fill_(0xFF)
     backing = ExpertTable(size.expert, (host_rows,), addresses_of(host_rows).view(size.n_layers, size.n_experts))
-    runtime = DeviceRuntime(size, slots, backing, cache, predictor, **knobs)
+    runtime = runtime_class(size, slots, backing, cache, predictor, **knobs)
     model = load_offloaded(folder, torch.float32)
     with attach(model, runtime):
         yield model, runtime
