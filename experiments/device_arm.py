@@ -62,7 +62,7 @@ def _cache(cache: DictConfig, budget: SlotBudget, geometry: MoEGeometry, device:
     )
 
 
-def _n_guesses(planner: DictConfig, geometry: MoEGeometry) -> int | None:
+def _n_guesses(planner: DictConfig, geometry: MoEGeometry) -> int:
     if is_kind(planner, NoPrefetch):
-        return None
+        return 0
     return min((planner.m or geometry.top_k) + planner.extra, geometry.n_experts)

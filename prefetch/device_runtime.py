@@ -43,7 +43,7 @@ class DeviceRuntime(LayerServer):
         backing: where every expert's row is in pinned host memory, by address; on the device.
         cache: the books over `slots`, empty, with at least one transient slot for each pair of a decode step.
         predictor: one that computes on the device (`on_device`), or none.
-        n_guesses: experts to prefetch for each predicted layer; None = the model's top-k.
+        n_guesses: experts to prefetch for each predicted layer; None = the model's top-k, 0 prefetches nothing.
         n_programs: of the copying kernels.
         prefetch_bytes: the most that one layer call prefetches, though always one expert. What a kernel copies cannot be stopped, and the
             next layer's demand loads wait for it.
@@ -71,7 +71,7 @@ class DeviceRuntime(LayerServer):
             )
         super().__init__(geometry, predictor, slots.device, slots.device)
         self.cache, self.slots, self.in_place = cache, slots, backing
-        self.n_guesses, self.n_programs = n_guesses or geometry.top_k, n_programs
+        self.n_guesses, self.n_programs = geometry.top_k if n_guesses is None else n_guesses, n_programs
         self.most_prefetches = max(1, prefetch_bytes // geometry.expert.row_bytes)
         self.spare = cache.n_slots - cache.capacity - cache.staging
         self.in_slots = type(backing)(backing.geometry, (slots,), cache.slot_of)
@@ -131,7 +131,7 @@ class DeviceRuntime(LayerServer):
 
     def _guesses(self, layer: int, predictions: list[Prediction]) -> Tensor | None:
         """The likeliest experts of each predicted layer, int64 [D, M]: over several tokens, by their highest score."""
-        if not predictions:
+        if not predictions or not self.n_guesses:
             return None
         ahead = {layers_ahead(layer, p.layer, n_layers=self.geometry.n_layers): p for p in predictions}
         nobody = torch.full((self.n_guesses,), -1, dtype=torch.int64, device=self.slots.device)

@@ -47,16 +47,27 @@ def configured(*overrides: str) -> DictConfig:
     return cfg
 
 
+def run(checkpoint: Path, folder: Path, *overrides: str) -> ArmRun:
+    store = ExpertStore.open(checkpoint, torch.float32, folder / "packs", progress=False)
+    (folder / "driver").mkdir()
+    cfg = configured("predictor=gate_reuse", "cache.slots=12", *overrides)
+    place = store.path, store.offset, store.row_bytes
+    with closing(PinnedSource(*place, StandInDriver(folder / "driver"), n_threads=2)) as source:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(device_arm, "compute_device", lambda kind: torch.device("cpu"))
+            patch.setattr(device_arm, "settle", lambda device: None)
+            return run_arm(cfg, load_offloaded(checkpoint, torch.float32), store, BATCHES, None, {}, source)
+
+
 @pytest.fixture(scope="module")
 def finished(schema: None, tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> ArmRun:
-    store = ExpertStore.open(tiny_qwen3, torch.float32, tmp_path_factory.mktemp("packs"), progress=False)
-    cfg = configured("predictor=gate_reuse", "cache.slots=12")
-    place = store.path, store.offset, store.row_bytes
-    driver = StandInDriver(tmp_path_factory.mktemp("driver"))
-    with closing(PinnedSource(*place, driver, n_threads=2)) as source, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device_arm, "compute_device", lambda kind: torch.device("cpu"))
-        patch.setattr(device_arm, "settle", lambda device: None)
-        return run_arm(cfg, load_offloaded(tiny_qwen3, torch.float32), store, BATCHES, None, {}, source)
+    return run(tiny_qwen3, tmp_path_factory.mktemp("finished"))
+
+
+def test_a_planner_that_never_prefetches_only_has_guesses_recorded(tiny_qwen3: Path, tmp_path: Path) -> None:
+    planless = run(tiny_qwen3, tmp_path, "planner=none")
+    assert violations(planless.record) == [] and set(planless.record.transfers["outcome"]) == {"demand"}
+    assert (planless.trace.guesses[1] >= 0).any()
 
 
 def test_tokens_are_those_of_the_unmodified_model(finished: ArmRun, tiny_qwen3: Path) -> None:
