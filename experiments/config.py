@@ -216,6 +216,8 @@ def _check_driven_by_device(cfg: DictConfig) -> None:
         )
     if planner not in ("prefetch.planner.top_m.TopM", "prefetch.planner.none.NoPrefetch"):
         raise ConfigError(f"backend.driven_by=device, but planner._target_={planner}: choose planner=top_m or none")
+    if cfg.planner.get("max_queued_experts") is not None:
+        raise ConfigError("backend.driven_by=device has no queue of prefetches: leave planner.max_queued_experts=null")
     if cfg.tier.link is not None or cfg.tier.verify:
         raise ConfigError(
             "backend.driven_by=device copies by kernels, which tier.link and tier.verify know nothing of: leave them out"

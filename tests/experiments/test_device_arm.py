@@ -107,6 +107,7 @@ def test_a_step_of_a_batch_finds_a_slot_for_each_of_its_pairs() -> None:
         (["predictor=popularity"], "predictors.popularity.Popularity asks the host: choose one that computes on the device"),
         (["predictor=draft"], "asks the host"),
         (["planner=cpu_moe"], "planner._target_=prefetch.planner.cpu_fallback.CpuFallback: choose planner=top_m or none"),
+        (["planner.max_queued_experts=3"], "has no queue of prefetches: leave planner.max_queued_experts=null"),
         (["tier.verify=true"], "tier.link and tier.verify know nothing of"),
     ],
 )  # fmt: skip
