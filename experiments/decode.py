@@ -315,13 +315,14 @@ def _write(cfg: DictConfig, results: Results, arms: dict[str, Measured], folder:
     plots.tokens_per_s_vs_slots([results], images[2])
     _track(tracker, results, images)
     results.save(folder)  # last: a folder with results.json is complete
-    Console().print(tables.rich_comparison(results))
+    screen = Console()
+    screen.print(tables.rich_comparison(results, screen.width))
     for name, arm in arms.items():
         if arm.last is not None and arm.last.predictor_failed:
             console.print(
                 f"warning: the predictor of arm {name} failed and was switched off; its figures are those without prefetch"
             )
-    console.print(f"results: {folder}")
+    launch.say(f"results: {folder}")
 
 
 def _track(tracker: Tracker, results: Results, images: list[Path]) -> None:

@@ -21,7 +21,6 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
-from rich.console import Console
 
 from experiments import config as configuration
 from experiments.atomic import write_json
@@ -58,7 +57,7 @@ def run(config_name: str, task: Task) -> None:
     try:
         job()
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted")
+        say("interrupted")
         sys.exit(130)
     except BrokenPipeError:  # whoever read the output is gone, as `head` is
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
@@ -83,6 +82,11 @@ def quieten_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def say(text: str) -> None:
+    """`text` on stderr as it is: rich would break a path at the terminal's width, where it can no longer be copied."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def one_line(error: BaseException) -> str:
@@ -115,7 +119,7 @@ def _run_in_sweep(cfg: DictConfig, folder: Path, task: Task) -> None:
     """One job of a sweep: skipped if the same configuration has finished in this folder, recorded if it fails."""
     fingerprint = _fingerprint(cfg)
     if _read(folder / FINISHED).get("config") == fingerprint:
-        Console(stderr=True).print(f"already finished: {folder}")
+        say(f"already finished: {folder}")
         return
     (folder / FAILED).unlink(missing_ok=True)
     try:

@@ -186,6 +186,12 @@ def test_ctrl_c_ends_cleanly(tmp_path: Path) -> None:
     assert not (tmp_path / "results.json").exists()
 
 
+def test_ctrl_c_while_libraries_are_imported_is_one_line() -> None:
+    source = "import experiments; raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", source], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and done.stderr == "interrupted\n"
+
+
 def sweep(folder: Path, slots: str, **env: str) -> subprocess.CompletedProcess[str]:
     return run(
         "--multirun", *SMALL, f"hydra.sweep.dir={folder}", f"cache.slots={slots}", *ONLY_SLRU, "check_tokens=false", **env
