@@ -6,15 +6,15 @@ STAMP  := $(VENV)/.installed
 
 .PHONY: help venv demo test lint bench bench-kernels compile-kernels results clean
 help:
-	@echo "make demo    decode the bundled model with offloaded experts and compare predictors (two to three minutes)"
-	@echo "make test    all tests"
-	@echo "make bench   exactness, speed with everything resident, transfers, overhead (minutes; wants a quiet machine)"
-	@echo "make bench-kernels    the CPU path of the experts against transformers' own (minutes; wants a quiet machine)"
-	@echo "make compile-kernels  compile every Triton kernel for GPUs that need not be here; writes docs/kernels_compiled.csv"
-	@echo "make results the figures of README and docs/results.md (about 20 minutes; wants a quiet machine)"
-	@echo "make lint    ruff and mypy"
-	@echo "make venv    set up $(VENV) only; the others do it when needed"
-	@echo "make clean   remove $(VENV), packed experts and outputs"
+	@echo "make demo             decode with offloaded experts and compare predictors (two to three minutes)"
+	@echo "make test             all tests"
+	@echo "make bench            exactness, resident speed, transfers, overhead (minutes, on a quiet machine)"
+	@echo "make bench-kernels    the experts' CPU path against transformers' own (minutes, on a quiet machine)"
+	@echo "make compile-kernels  compile every Triton kernel, no GPU needed; writes docs/kernels_compiled.csv"
+	@echo "make results          the figures of README and docs/results.md (20 minutes, on a quiet machine)"
+	@echo "make lint             ruff and mypy"
+	@echo "make venv             set up $(VENV) only; the others do it when needed"
+	@echo "make clean            remove $(VENV), packed experts and outputs"
 
 venv: $(STAMP)
 

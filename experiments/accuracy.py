@@ -19,7 +19,6 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
-from rich.console import Console
 
 from experiments import launch
 from experiments.accuracy_plots import draw
@@ -159,9 +158,8 @@ def _write(cfg: DictConfig, tables: Tables, found: dict[str, Findings], top_k: i
     tracker.finish()
     contents = {name: _records(table) for name, table in tables.named().items()}
     write_json(folder / "accuracy.json", {"config": config, "provenance": provenance(cfg.seed), **contents})
-    console = Console(stderr=True)
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"results: {folder}")
+    launch.say(text)
+    launch.say(f"results: {folder}")
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, object]]:

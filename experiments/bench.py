@@ -89,7 +89,7 @@ def bench(cfg: DictConfig, folder: Path) -> None:
         found[name] = part()
         console.print(found[name])
     write_json(folder / "bench.json", found)
-    console.print(f"results: {folder / 'bench.json'}")
+    launch.say(f"results: {folder / 'bench.json'}")
 
 
 def exactness(folder: Path, dtype: torch.dtype, arm: DictConfig, batches: list[Batch], new_tokens: int) -> dict[str, Any]:

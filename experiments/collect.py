@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -117,7 +116,7 @@ def collect(cfg: DictConfig, folder: Path) -> None:
     recording = Recording(folder)
     trace = joined([recording.trace(document) for document in recording.documents])
     trace.save(folder / TRACE)
-    Console(stderr=True).print(f"{len(documents)} documents, {trace.n_tokens} tokens: {folder}")
+    launch.say(f"{len(documents)} documents, {trace.n_tokens} tokens: {folder}")
 
 
 @contextmanager

@@ -162,17 +162,16 @@ def validate(cfg: DictConfig) -> None:
         ("workload.warmup_batches", 0),
         ("cache.staging", 0),
         ("cache.transient", 1),
+        ("tier.n_threads", 1),
         ("backend.n_threads", 1),
+        ("timeline_forwards", 0),
     ):
         value = OmegaConf.select(cfg, option)
         if not isinstance(value, int) or value < least:
             raise ConfigError(f"{option}={value}: it must be a whole number, at least {least}")
     if not cfg.workload.temperature >= 0:
         raise ConfigError(f"workload.temperature={cfg.workload.temperature}: it must be at least 0 (0 = greedy)")
-    if cfg.tier.link is not None and set(cfg.tier.link) != {"bytes_per_s", "latency_s"}:
-        raise ConfigError(f"tier.link={cfg.tier.link}: it must be null, or have bytes_per_s and latency_s and nothing else")
-    if cfg.tier.link is not None and (cfg.tier.link.bytes_per_s <= 0 or cfg.tier.link.latency_s < 0):
-        raise ConfigError(f"tier.link={cfg.tier.link}: bytes_per_s must be above 0 and latency_s at least 0")
+    _check_link(cfg.tier.link)
     _check_backend(cfg)
     n_batches = cfg.workload.n_prompts // cfg.workload.batch_size
     if cfg.workload.warmup_batches >= n_batches:
@@ -189,6 +188,15 @@ def validate(cfg: DictConfig) -> None:
         raise ConfigError(
             f"cache.prefetch_admission=policy, but {cfg.cache._target_} does not admit prefetches: use an slru cache, or staging"
         )
+
+
+def _check_link(link: Any) -> None:
+    if link is None:
+        return
+    if not isinstance(link, DictConfig) or set(link) != {"bytes_per_s", "latency_s"}:
+        raise ConfigError(f"tier.link={link}: it must be null, or have bytes_per_s and latency_s and nothing else")
+    if not all(isinstance(value, int | float) for value in link.values()) or link.bytes_per_s <= 0 or link.latency_s < 0:
+        raise ConfigError(f"tier.link={link}: bytes_per_s must be above 0 and latency_s at least 0, both plain numbers")
 
 
 def _check_backend(cfg: DictConfig) -> None:

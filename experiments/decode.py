@@ -4,8 +4,8 @@
     python -m experiments.decode predictor=gate_reuse cache.slots=0.45
     python -m experiments.decode --help
 
-Every arm decodes the same prompts greedily; repeats are interleaved, so that the machine's drift hits all alike. Arms must
-agree to the last bit, and with the unmodified model in every token, before any number is written.
+Every arm decodes the same prompts and draws its tokens with the same noise; repeats are interleaved, so that the machine's drift
+hits all alike. Arms must agree to the last bit, and with the unmodified model in every token, before any number is written.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -81,26 +82,24 @@ def decode(cfg: DictConfig, folder: Path) -> None:
     if budget_bytes is not None:
         check_slots(cfgs, store.geometry, budget_bytes - torch.cuda.memory_allocated(device))
     metadata = {"model": model_folder.name, "fingerprint": store.fingerprint, "workload": str(OmegaConf.to_yaml(cfg.workload))}
-    recording: RoutingTrace | None = None
     n_threads = max(arm_cfg.tier.n_threads for arm_cfg in cfgs.values())
-    with BackingTiers(store, n_threads) as tiers, progress_bar("decoding", (cfg.repeats + 1) * len(arms)) as advance:
+    with BackingTiers(store, n_threads) as tiers, progress_bar("decoding", 1 + cfg.repeats * len(arms)) as advance:
         link_bytes_per_s = _link_rate(cfg, store, tiers, device)
-        for repeat in range(-1, cfg.repeats):  # the first pass warms up and records what oracles read; it is not measured
+
+        def run(name: str, recording: RoutingTrace | None) -> ArmRun:
+            arm_cfg = arms[name].cfg
+            found = run_arm(arm_cfg, model, store, batches, recording, metadata, tiers.of(arm_cfg))
+            _check(name, found, reference, arms, torch.finfo(dtype).eps)
+            advance()
+            return found
+
+        recording = run(_recording_arm(arms), None).trace  # warms up and records what oracles read; it is not measured
+        for repeat in range(cfg.repeats):
             for name in _rotated(list(arms), repeat):
                 arm = arms[name]
-                if repeat < 0 and recording is not None:
-                    advance()
-                    continue
-                source_arm = arms[_recording_arm(arms)] if repeat < 0 else arm
-                run = run_arm(source_arm.cfg, model, store, batches, recording, metadata, tiers.of(source_arm.cfg))
-                _check(name, run, reference, arms, torch.finfo(dtype).eps)
-                if repeat < 0:
-                    recording = run.trace
-                else:
-                    measured = after_warmup(run.record, cfg.workload.warmup_batches)
-                    arm.repeats.append(summarise(measured, link_bytes_per_s))
-                    arm.last = run
-                advance()
+                arm.last = run(name, recording)
+                measured = after_warmup(arm.last.record, cfg.workload.warmup_batches)
+                arm.repeats.append(summarise(measured, link_bytes_per_s))
     rerouted = model.pre_gates is not None and model.pre_gates.route
     results = _results(cfg, arms, store, link_bytes_per_s, lossless=reference is not None and not rerouted)
     _write(cfg, results, arms, folder)
@@ -122,18 +121,20 @@ def compose_arms(cfg: DictConfig) -> dict[str, Measured]:
         console.print(announcement(pre_gates))
     arms: dict[str, Measured] = {}
     for name, overrides in named.items():
+        if not OmegaConf.is_list(overrides) or not all(isinstance(override, str) for override in overrides):
+            raise ConfigError(f"arms.{name}={overrides}: it must be a list of overrides, e.g. ['cache=lru'], or null")
         chosen = {override.split("=")[0] for override in overrides}
         kept = [override for override in given if _applies(override, chosen)]
         own = [*kept, *overrides]
-        arm_cfg = compose(hydra_cfg.job.config_name, overrides=[*own, *default_predictor(pre_gates, own)])
         try:
+            arm_cfg = compose(hydra_cfg.job.config_name, overrides=[*own, *default_predictor(pre_gates, own)])
             validate(arm_cfg)
             if arm_cfg.backend.kind != cfg.backend.kind:
                 raise ConfigError(
                     f"backend={arm_cfg.backend.kind}: all arms share one model and so one backend ({cfg.backend.kind})"
                 )
-        except ConfigError as error:
-            raise ConfigError(f"arm {name}: {error}") from error
+        except (ConfigError, HydraException) as error:
+            raise ConfigError(f"arm {name}: {launch.one_line(error)}") from error
         if arm_cfg.model != cfg.model:
             raise ConfigError(f"arm {name}: every arm runs the same model; give model options to the whole run")
         arms[name] = Measured(arm_cfg, _role(arm_cfg, BASELINE in (arm.role for arm in arms.values())))
@@ -316,13 +317,14 @@ def _write(cfg: DictConfig, results: Results, arms: dict[str, Measured], folder:
     plots.tokens_per_s_vs_slots([results], images[2])
     _track(tracker, results, images)
     results.save(folder)  # last: a folder with results.json is complete
-    Console().print(tables.rich_comparison(results))
+    screen = Console()
+    screen.print(tables.rich_comparison(results, screen.width))
     for name, arm in arms.items():
         if arm.last is not None and arm.last.predictor_failed:
             console.print(
                 f"warning: the predictor of arm {name} failed and was switched off; its figures are those without prefetch"
             )
-    console.print(f"results: {folder}")
+    launch.say(f"results: {folder}")
 
 
 def _track(tracker: Tracker, results: Results, images: list[Path]) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
-from rich.console import Console
 
 from experiments import launch
 from experiments.atomic import write_json
@@ -70,7 +69,7 @@ def measure(cfg: DictConfig, folder: Path) -> None:
     save(output, vectors, model, measured)
     about = {"config": OmegaConf.to_container(cfg, resolve=True), "provenance": provenance(0), **measured}
     write_json(folder / "default_vectors.json", about)
-    Console(stderr=True).print(
+    launch.say(
         f"{geometry.n_total} default vectors from {measured['tokens']} tokens, {measured['experts_never_used']} experts never used: "
         f"{output}"
     )

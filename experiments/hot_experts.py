@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
-from rich.console import Console
 from torch import Tensor
 
 from experiments import launch
@@ -66,7 +65,7 @@ def measure(cfg: DictConfig, folder: Path) -> None:
     about = {"config": OmegaConf.to_container(cfg, resolve=True), "provenance": provenance(0), **measured}
     write_json(folder / "hot_experts.json", about)
     found = ", ".join(f"{split} {share:.1%}" for split, share in measured["coverage"].items())
-    Console(stderr=True).print(
+    launch.say(
         f"{measured['tokens']} tokens counted; the hottest {SHARE:.0%} of the experts serve, of all activations: {found}; {output}"
     )
 

@@ -16,12 +16,11 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from experiments import config as configuration
 from experiments.atomic import write_json
@@ -50,7 +49,7 @@ def run(config_name: str, task: Task) -> None:
             return
         try:
             task(cfg, folder)
-        except GatecastError as error:  # here, before Hydra adds its own words
+        except (GatecastError, HydraException, OmegaConfBaseException) as error:  # here, before Hydra adds its own words
             _report(error)
             sys.exit(2)
 
@@ -58,8 +57,11 @@ def run(config_name: str, task: Task) -> None:
     try:
         job()
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted")
+        say("interrupted")
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output is gone, as `head` is
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        sys.exit(1)
     except (HydraException, OmegaConfBaseException) as error:
         _report(error)
         sys.exit(2)
@@ -82,9 +84,21 @@ def quieten_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def say(text: str) -> None:
+    """`text` on stderr as it is: rich would break a path at the terminal's width, where it can no longer be copied."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def one_line(error: BaseException) -> str:
     """What is wrong, in one line. Hydra's messages carry lists and hints on further lines; the first ones say it."""
-    cause = error.__cause__ or error.__context__
+    cause = None if isinstance(error, GatecastError) else error.__cause__ or error.__context__
+    if isinstance(error, HydraException) and isinstance(cause, GatecastError):
+        return str(cause)  # a plug-in's own words about its knobs
+    if isinstance(error, MissingConfigException) and error.options:
+        return f"{str(error).splitlines()[0]}; there are {', '.join(error.options)}"
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
+        options = (str(name) for name in cause.parent_node if not str(name).startswith(("_", "hydra")))
+        return f"{cause.full_key} is not an option; there are {', '.join(options)}"
     texts = [str(error).strip()] + ([str(cause).strip()] if isinstance(cause, OmegaConfBaseException | HydraException) else [])
     lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
     kept = [line for line in dict.fromkeys(lines) if not line.startswith(("full_key", "object_type", "reference_type"))]
@@ -105,7 +119,7 @@ def _run_in_sweep(cfg: DictConfig, folder: Path, task: Task) -> None:
     """One job of a sweep: skipped if the same configuration has finished in this folder, recorded if it fails."""
     fingerprint = _fingerprint(cfg)
     if _read(folder / FINISHED).get("config") == fingerprint:
-        Console(stderr=True).print(f"already finished: {folder}")
+        say(f"already finished: {folder}")
         return
     (folder / FAILED).unlink(missing_ok=True)
     try:

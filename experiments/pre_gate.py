@@ -81,7 +81,7 @@ def pre_gate(cfg: DictConfig, folder: Path) -> None:
     settings = {"mode": cfg.mode, "level": cfg.level, "lossless": cfg.mode == HINT, "checkpoint": target.name}
     record = {"config": OmegaConf.to_container(cfg, resolve=True), "provenance": provenance(cfg.tuning.seed)}
     write_json(folder / "results.json", settings | found | record)
-    Console(stderr=True).print(f"checkpoint: {target}\nresults: {folder / 'results.json'}")
+    launch.say(f"checkpoint: {target}\nresults: {folder / 'results.json'}")
 
 
 def _hint(cfg: DictConfig, source: Path, target: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from experiments.statistics import Spread, is_difference, paired_ratio, share_of
 
 NOT_MEASURED = "–"
 BYTES_PER_MB = 1e6
+WIDE = 110  # columns that the tables need
 SPEED = "Speed"
 TRAFFIC = "Guesses, hits and traffic of decoding"
 FOOTNOTE = (
@@ -54,11 +55,11 @@ def comparison(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def rich_comparison(results: Results) -> Group:
-    """The two tables for a terminal; about 110 columns wide, in a narrower one cells wrap."""
+def rich_comparison(results: Results, width: int) -> Group:
+    """The two tables for a terminal of `width` columns; in one narrower than `WIDE` cells wrap."""
     return Group(
-        _rich(f"{SPEED}, {_conditions(results)}", _speed_rows(results)),
-        _rich(TRAFFIC, _traffic_rows(results)),
+        _rich(f"{SPEED}, {_conditions(results)}", _speed_rows(results), width),
+        _rich(TRAFFIC, _traffic_rows(results), width),
         Text(_footnote(results), style="dim"),
     )
 
@@ -184,9 +185,9 @@ def _baseline_name(results: Results) -> str:
 def _conditions(results: Results) -> str:
     link = "emulated link" if results.emulated else "measured"
     experts = f", {results.quantised}" if results.quantised else ""
-    return (
-        f"{results.slots} slots = {results.slots_fraction:.0%} of all experts{experts}, {link}, {_n_repeats(results)} repeats"
-    )
+    n = _n_repeats(results)
+    repeats = f"{n} repeat{'' if n == '1' else 's'}"
+    return f"{results.slots} slots = {results.slots_fraction:.0%} of all experts{experts}, {link}, {repeats}"
 
 
 def _footnote(results: Results) -> str:
@@ -224,14 +225,16 @@ def _columns(rows: list[Cells]) -> list[str]:
     return list(dict.fromkeys(column for row in rows for column in row))
 
 
-def _rich(title: str, rows: list[Cells]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+def _rich(title: str, rows: list[Cells], width: int) -> Table:
+    """Names are never cut: where `width` columns are too few, remarks on them go to lines of their own, and figures wrap."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=width < WIDE)
     columns = _columns(rows)
     for column in columns:
-        table.add_column(column, justify="left" if column == "arm" else "right")
+        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=column == "arm")
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         at_boundary = following is not None and (BOUND in following["arm"]) != (BOUND in row["arm"])
-        table.add_row(*(Text(row.get(column, NOT_MEASURED)) for column in columns), end_section=at_boundary)
+        cells = row if width >= WIDE else row | {"arm": row["arm"].replace(" ", "\n")}
+        table.add_row(*(Text(cells.get(column, NOT_MEASURED)) for column in columns), end_section=at_boundary)
     return table
 
 

@@ -17,7 +17,6 @@ import torch
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_class, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
-from rich.console import Console
 
 from experiments import launch
 from experiments.atomic import write_json
@@ -137,7 +136,7 @@ def _checked(cfg: DictConfig) -> TrainOptions:
 
 
 def _print(predictor: LearnedPredictor, found: FitReport, weights: Path) -> None:
-    Console(stderr=True).print(
+    launch.say(
         f"{predictor.name}: held-out recall@k {found.recalls[0]:.3f} untrained, {max(found.recalls):.3f} after epoch "
         f"{found.best_epoch} of {len(found.losses)}, {found.seconds:.0f} s; {predictor.n_parameters()} parameters, "
         f"{weights.stat().st_size / 1e6:.2f} MB: {weights}"

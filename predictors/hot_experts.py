@@ -49,7 +49,7 @@ def load(path: Path, model: ModelView) -> Tensor:
     Raises:
         PredictorError: it is missing, damaged, or of another model.
     """
-    tensors = weights_file.read(path, _identity(model))
+    tensors = weights_file.read(path, _identity(model), f"python -m experiments.hot_experts output={path}")
     weights_file.check_shapes(path, tensors, {"token_counts": torch.empty(model.n_layers, model.n_experts, device="meta")})
     return tensors["token_counts"]
 

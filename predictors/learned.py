@@ -148,7 +148,9 @@ class LearnedPredictor(Predictor):
                 f"python -m experiments.train predictor={self.name}, or name its weights"
             )
         path = weights_file.located(self.weights)
-        tensors = weights_file.read(path, self.identity())
+        tensors = weights_file.read(
+            path, self.identity(), f"python -m experiments.train predictor={self.name} output={self.weights}"
+        )
         network = self.build()
         given = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
         weights_file.check_shapes(path, given, network.state_dict())

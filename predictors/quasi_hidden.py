@@ -70,7 +70,7 @@ class QuasiHidden(GateReuse):
                 "the file in predictor.weights"
             )
         path, model = weights_file.located(self.weights), self.model
-        tensors = weights_file.read(path, identity(model))
+        tensors = weights_file.read(path, identity(model), f"python -m experiments.default_vectors output={self.weights}")
         expected = {"vectors": torch.empty(model.n_layers, model.n_experts, model.hidden_size, device="meta")}
         weights_file.check_shapes(path, tensors, expected)
         return tensors["vectors"].float()

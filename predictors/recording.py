@@ -57,7 +57,8 @@ class Recording:
         index = read_index(folder)
         if index is None:
             raise RecordingError(
-                f"{folder}: no {INDEX} in it; record with python -m experiments.collect hydra.run.dir={folder}"
+                f"{folder}: no {INDEX} in it; record with python -m experiments.collect documents=bundled "
+                f"collect.hidden_states=true hydra.run.dir={folder}"
             )
         self.fingerprint: str = index["fingerprint"]
         listed = [RecordedDocument(**d, index=i) for i, d in enumerate(index["documents"])]

@@ -63,13 +63,15 @@ def write(path: Path, tensors: Mapping[str, Tensor], identity: Mapping[str, Any]
         aside.unlink(missing_ok=True)
 
 
-def read(path: Path, identity: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors in `path`.
+def read(path: Path, identity: Mapping[str, Any], made_by: str) -> dict[str, Tensor]:
+    """The tensors in `path`, a file that the command `made_by` writes.
 
     Raises:
         PredictorError: the file is missing, truncated, damaged, of another format, holds numbers that are not finite, or was
             trained for something else than `identity` says; the message names the first item that differs.
     """
+    if not path.is_file():
+        raise PredictorError(f"{path}: no such predictor weights; make them with {made_by}")
     header, tensors = _read_all(path)
     if header.get("format") != FORMAT:
         raise PredictorError(f"{path}: its format is {header.get('format')!r}; this version reads {FORMAT!r}")
@@ -105,8 +107,6 @@ def check_shapes(path: Path, found: Mapping[str, Tensor], expected: Mapping[str,
 
 
 def _read_all(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    if not path.is_file():
-        raise PredictorError(f"{path}: no such predictor weights; the command that writes them is in the predictor's YAML")
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping

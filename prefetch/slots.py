@@ -126,7 +126,7 @@ def parse_slots(spec: int | float | str, geometry: MoEGeometry) -> int:
     if isinstance(spec, str):
         return _parse_text(spec.strip(), geometry)
     if isinstance(spec, bool) or not isinstance(spec, int | float):
-        raise CapacityError(f"capacity {spec!r} is not {CAPACITY_FORMS}")
+        raise CapacityError(f"cache.slots={spec} is not {CAPACITY_FORMS}")
     return _from_count(spec, geometry) if isinstance(spec, int) else _from_fraction(spec, geometry)
 
 
@@ -153,7 +153,7 @@ def _parse_text(text: str, geometry: MoEGeometry) -> int:
     if unit in BYTE_UNITS:
         return _from_bytes(float(number) * BYTE_UNITS[unit], text, geometry)
     if not number or unit:
-        raise CapacityError(f"capacity {text!r} is not {CAPACITY_FORMS}")
+        raise CapacityError(f"cache.slots={text} is not {CAPACITY_FORMS}")
     if number.lstrip("-").isdigit():
         return _from_count(int(number), geometry)
     return _from_fraction(float(number), geometry)
@@ -161,23 +161,23 @@ def _parse_text(text: str, geometry: MoEGeometry) -> int:
 
 def _from_count(count: int, geometry: MoEGeometry) -> int:
     if not 1 <= count <= geometry.n_total:
-        raise CapacityError(f"capacity {count} is not between 1 slot and all {geometry.n_total} experts")
+        raise CapacityError(f"cache.slots={count} is not between 1 slot and all {geometry.n_total} experts")
     return count
 
 
 def _from_fraction(fraction: float, geometry: MoEGeometry) -> int:
     if not 0 < fraction <= 1:
-        raise CapacityError(f"capacity {fraction} is not a fraction of all experts: above 0, at most 1.0")
+        raise CapacityError(f"cache.slots={fraction} is not a fraction of all experts: above 0, at most 1.0")
     n_slots = math.floor(fraction * geometry.n_total + 1e-9)  # 0.29 * 100 is 28.999...
     if n_slots < 1:
-        raise CapacityError(f"capacity {fraction} of {geometry.n_total} experts is less than one slot")
+        raise CapacityError(f"cache.slots={fraction} of {geometry.n_total} experts is less than one slot")
     return n_slots
 
 
 def _from_bytes(n_bytes: float, text: str, geometry: MoEGeometry) -> int:
     row_bytes = geometry.expert.row_bytes
     if n_bytes < row_bytes:
-        raise CapacityError(f"capacity {text!r} is less than one slot: an expert of this model takes {row_bytes} bytes")
+        raise CapacityError(f"cache.slots={text} is less than one slot: an expert of this model takes {row_bytes} bytes")
     return min(int(n_bytes // row_bytes), geometry.n_total)
 
 

@@ -99,6 +99,11 @@ def test_a_mistake_is_one_clear_line(overrides: list[str], message: str, small_r
     assert not (tmp_path / "accuracy.json").exists()
 
 
+def test_a_sweep_whose_jobs_fail_says_so(tmp_path: Path) -> None:
+    done = run("--multirun", "recording=nowhere", "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 1 and "0 finished, 2 failed" in done.stderr
+
+
 # Nothing to judge, or made for models with what the bundled lacks.
 NOT_JUDGED = {"none", "shared_expert_gate", "shipped_pre_gate"}
 

@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from experiments.config import LONGEST_NAME, _check_knobs, folder_name
+from experiments.config import LONGEST_NAME, _check_knobs, _check_link, folder_name
 from prefetch.errors import ConfigError
 
 TOP_M = "prefetch.planner.top_m.TopM"
@@ -34,6 +34,12 @@ def test_a_plug_in_within_a_plug_in_is_checked_too():
     nested = {"_target_": "prefetch.planner.cpu_fallback.CpuFallback", "prefetch": {"_target_": TOP_M, "m": "x"}}
     with pytest.raises(ConfigError, match="planner.prefetch.m=x"):
         _check_knobs("planner", OmegaConf.create(nested))
+
+
+@pytest.mark.parametrize("link", [5, "fast", {"bytes_per_s": 1e9}, {"bytes_per_s": "1GB", "latency_s": 0}])
+def test_a_link_is_two_numbers(link):
+    with pytest.raises(ConfigError, match="tier.link="):
+        _check_link(OmegaConf.create({"link": link}).link)
 
 
 def test_folder_names_are_short_enough_and_differ():

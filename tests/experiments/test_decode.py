@@ -124,13 +124,17 @@ def test_a_predictor_outside_the_repository_is_named_by_target(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["cache.slotz=3"], "slotz"),
+        (["cache.slotz=3"], "cache.slotz is not an option; there are slots, staging, "),
         (["+cache.slotz=3"], "cache.slotz is not an option of prefetch.cache.slru.Slru"),
         (["repeats=many"], "repeats"),
         (["repeats=0"], "repeats=0: it must be a whole number, at least 1"),
         (["cache.slots=3"], "one token needs 4 experts per layer"),
-        (["cache.slots=lots"], "capacity 'lots' is not a count"),
-        (["predictor=crystal_ball"], "crystal_ball"),
+        (["cache.slots=lots"], "cache.slots=lots is not a count"),
+        (["predictor=crystal_ball"], "Could not find 'predictor/crystal_ball'; there are activation_matrices, "),
+        (["+arms.mine=['predictor=crystal_ball']"], "arm mine: In 'decode': Could not find 'predictor/crystal_ball'"),
+        (["+arms.mine=[5]"], "arms.mine=[5]: it must be a list of overrides"),
+        (["predictor=mlp"], "make them with python -m experiments.train predictor=mlp output=models/bytes-moe/predictors/mlp"),
+        (["planner.m=-1"], "error: planner.m=-1: it must be at least 1"),
         (["predictor._target_=nowhere.Predictor"], "cannot be imported"),
         (["predictor.lookahead=0", "arms.slru=null"], "lookahead"),
         (["cache=lru", "cache.prefetch_admission=policy", "arms.slru=null"], "does not admit prefetches"),
@@ -145,6 +149,7 @@ def test_a_predictor_outside_the_repository_is_named_by_target(tmp_path: Path) -
         (["tier.kind=tape"], "tier.kind=tape: choose one of disk, host"),
         (["tier.link={bytes_per_s: 1e9}"], "bytes_per_s and latency_s and nothing else"),
         (["tier.link={bytes_per_s: -1.0, latency_s: 0.0}"], "bytes_per_s must be above 0"),
+        (["tier.n_threads=0"], "tier.n_threads=0: it must be a whole number, at least 1"),
         (["arms.slru=null", "arms.predicted=null", "arms.on_demand=null", "arms.resident=null"], "every arm is an oracle"),
     ],
 )
@@ -154,6 +159,13 @@ def test_a_users_mistake_is_one_clear_line(overrides: list[str], message: str, t
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], done.stderr
     assert not (tmp_path / "results.json").exists()
+
+
+def test_help_may_be_cut_short_by_its_reader() -> None:
+    process = subprocess.Popen(command("--help"), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.wait(timeout=240) == 1 and process.stderr.read() == ""
 
 
 def test_ctrl_c_ends_cleanly(tmp_path: Path) -> None:
@@ -172,6 +184,12 @@ def test_ctrl_c_ends_cleanly(tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 130 and "interrupted" in stderr and "Traceback" not in stderr
     assert not (tmp_path / "results.json").exists()
+
+
+def test_ctrl_c_while_libraries_are_imported_is_one_line() -> None:
+    source = "import experiments; raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", source], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and done.stderr == "interrupted\n"
 
 
 def sweep(folder: Path, slots: str, **env: str) -> subprocess.CompletedProcess[str]:

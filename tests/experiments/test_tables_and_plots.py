@@ -25,12 +25,19 @@ BOUNDS = ("no_cache", "oracle", "all_resident")
 def text_of(results: Results, width: int) -> str:
     console = Console(width=width, file=io.StringIO())
     with console.capture() as captured:
-        console.print(rich_comparison(results))
+        console.print(rich_comparison(results, width))
     return captured.get()
 
 
 def row_of(text: str, arm: str) -> str:
     return next(line for line in text.splitlines() if line.strip(" |").split(" ")[0] == arm)
+
+
+def test_a_narrow_terminal_cuts_no_name() -> None:
+    results = make_results()
+    text = text_of(results, 80)
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    assert all(text.count(name) >= 2 for name in results.arms) and text.count("lossless") == 2
 
 
 def test_numbers_of_the_comparison_are_those_of_the_repeats() -> None:
