@@ -31,7 +31,7 @@ demo: $(STAMP)
 	$(BIN)/python -m experiments.decode experiment=demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
 
 bench: $(STAMP)
 	$(BIN)/python -m experiments.bench

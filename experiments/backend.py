@@ -73,13 +73,17 @@ class BackingTiers:
 
 
 def use_device(backend: DictConfig) -> torch.device:
-    """The device that `backend` names; PyTorch's CPU threads are set too.
+    """The device that `backend` names, all of its memory free to use; PyTorch's CPU threads are set too.
 
     Raises:
         ConfigError: as `compute_device`.
     """
     torch.set_num_threads(backend.n_threads)
-    return compute_device(backend.kind)
+    device = compute_device(backend.kind)
+    if device.type == "cuda":
+        # The jobs of a sweep share a process: the last one's limit is lifted, and its model is let go.
+        enforce_budget(device, device_memory(device))
+    return device
 
 
 def memory_budget(backend: DictConfig, device: torch.device) -> int | None:

@@ -215,7 +215,7 @@ def overhead(folder: Path, arm: DictConfig, batch: Batch) -> dict[str, Any]:
         generate(model, batch.token_ids, 96)
         generate(model, batch.token_ids, 96)
         served.finish()
-        calls = served.recorder.record(served.tier.records).calls
+        calls = served.record().calls
         quiet = calls[(calls["phase"] == "decode") & (calls["misses"] == 0) & (calls["sequence"] == 1)]
         profile = cProfile.Profile()
         profile.runcall(generate, model, batch.token_ids, 96)

@@ -23,15 +23,8 @@ from kernels.quantised import GROUPS
 from prefetch.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[1]
-CACHE_COMMON = (
-    "slots",
-    "staging",
-    "transient",
-    "scope",
-    "prefetch_admission",
-    "preload",
-    "hot_experts",
-)  # keys of `cache` that are not the policy's
+# Keys of `cache` that are not the policy's.
+CACHE_COMMON = ("slots", "staging", "transient", "scope", "prefetch_admission", "preload", "hot_experts")
 LONGEST_NAME = 200  # bytes of a folder's name
 PLAIN_TYPES = (bool, int, float, str, type(None))
 PLAIN = "plain"  # the expert_format of experts that are not quantised
@@ -44,7 +37,14 @@ CHOICES = {
     "cache.preload": ("none", "hot_experts"),
     "backend.kind": ("torch", "cuda"),
     "backend.in_place": ("cpu", "gpu"),
+    "backend.driven_by": ("host", "device"),
     "tracking.mode": ("offline", "online", "disabled"),
+}
+
+ANY_ON_DEVICE: dict[str, Any] = {"scope": "global", "prefetch_admission": "staging", "preload": "none"}
+ON_DEVICE = {  # caches whose rules the device-driven runtime's planner has, with the values of the knobs that it knows
+    "prefetch.cache.lru.Lru": ANY_ON_DEVICE,
+    "prefetch.cache.slru.Slru": ANY_ON_DEVICE | {"variant": "original", "victim": "tail", "fill": True},
 }
 
 
@@ -84,6 +84,7 @@ class BackendConfig:
     n_threads: int = 1
     memory: str | None = None  # of the GPU, e.g. "12GB"
     in_place: str = "cpu"
+    driven_by: str = "host"
 
 
 @dataclass
@@ -182,6 +183,8 @@ def validate(cfg: DictConfig) -> None:
     _check_knobs("cache", cfg.cache, given=("capacity",), common=CACHE_COMMON)
     _check_knobs("predictor", cfg.predictor)
     _check_knobs("planner", cfg.planner)
+    if cfg.backend.driven_by == "device":
+        _check_driven_by_device(cfg)
     if cfg.cache.prefetch_admission == "policy" and not get_class(cfg.cache._target_).admits_prefetch:
         raise ConfigError(
             f"cache.prefetch_admission=policy, but {cfg.cache._target_} does not admit prefetches: use an slru cache, or staging"
@@ -192,8 +195,31 @@ def _check_backend(cfg: DictConfig) -> None:
     backend = cfg.backend
     if backend.kind == "cuda" and cfg.tier.kind != "host":
         raise ConfigError(f"backend=cuda copies experts out of pinned RAM, and tier.kind={cfg.tier.kind}: choose tier=pinned")
-    if backend.kind == "torch" and (backend.memory is not None or backend.in_place != "cpu"):
-        raise ConfigError("backend.memory and backend.in_place=gpu are about a GPU: choose backend=cuda, or leave them out")
+    if backend.kind == "torch" and (backend.memory is not None or backend.in_place != "cpu" or backend.driven_by != "host"):
+        raise ConfigError(
+            "backend.memory, backend.in_place=gpu and backend.driven_by=device are about a GPU: choose backend=cuda, or leave them out"
+        )
+
+
+def _check_driven_by_device(cfg: DictConfig) -> None:
+    """Its books are kernels: what they do not know is refused, not left out in silence."""
+    cache, planner, predictor = cfg.cache, cfg.planner._target_, get_class(cfg.predictor._target_)
+    if cache._target_ not in ON_DEVICE:
+        raise ConfigError(f"backend.driven_by=device, but cache._target_={cache._target_}: choose cache=lru or cache=slru")
+    for knob, right in ON_DEVICE[cache._target_].items():
+        if cache[knob] != right:
+            raise ConfigError(f"backend.driven_by=device, but cache.{knob}={cache[knob]}: it can only be {str(right).lower()}")
+    if predictor.before_attention or not (predictor.on_device or predictor.__name__ == "NoPredictor"):
+        raise ConfigError(
+            f"backend.driven_by=device, but predictor._target_={cfg.predictor._target_} asks the host: choose one that computes on the "
+            "device after the router, such as gate_reuse, or none"
+        )
+    if planner not in ("prefetch.planner.top_m.TopM", "prefetch.planner.none.NoPrefetch"):
+        raise ConfigError(f"backend.driven_by=device, but planner._target_={planner}: choose planner=top_m or none")
+    if cfg.tier.link is not None or cfg.tier.verify:
+        raise ConfigError(
+            "backend.driven_by=device copies by kernels, which tier.link and tier.verify know nothing of: leave them out"
+        )
 
 
 def check_predictor(predictor: DictConfig) -> None:

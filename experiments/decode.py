@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from experiments import launch, plots, tables
-from experiments.arm import ArmRun, check_slots, leaves_in_place, run_arm, slot_budget
+from experiments.arm import ArmRun, leaves_in_place, run_arm
 from experiments.atomic import write_text
 from experiments.backend import BackingTiers, enforce_budget, memory_budget, use_device
 from experiments.config import CACHE_COMMON, repository_path, validate
@@ -33,6 +33,7 @@ from experiments.progress import progress_bar
 from experiments.provenance import provenance
 from experiments.results import BASELINE, BELADY, BOUND, PREDICTOR, ArmResult, Quality, Results
 from experiments.shipped_predictor import announcement, default_predictor, shipped_pre_gates
+from experiments.slot_budget import check_slots, slot_budget
 from experiments.timeline import write_timeline
 from experiments.tracking import Tracker
 from experiments.workload import Batch, load_batches
@@ -212,7 +213,8 @@ def _check(name: str, run: ArmRun, reference: list[Generation] | None, arms: dic
     if broken:
         raise GatecastError(f"arm {name}: the run's books do not balance: {'; '.join(broken)}")
     for other_name, other in arms.items():
-        if _rounds_apart(arms[name].cfg) or _rounds_apart(other.cfg):
+        drivers = {arms[name].cfg.backend.driven_by, other.cfg.backend.driven_by}
+        if len(drivers) > 1 or _rounds_apart(arms[name].cfg) or _rounds_apart(other.cfg):
             continue
         if other.last is not None and not same_bits(run.generations, other.last.generations):
             raise TokenMismatchError(

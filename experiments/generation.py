@@ -23,9 +23,8 @@ class Generation:
 
     tokens: Tensor  # [B, new_tokens] int64
     digests: list[str]  # per step, of the logits [B, V]
-    top_values: list[Tensor] = field(
-        default_factory=list
-    )  # per step [B, 2], the two largest scores: logits, with noise where tokens are drawn
+    # Per step [B, 2], the two largest scores: logits, with noise where tokens are drawn.
+    top_values: list[Tensor] = field(default_factory=list)
     top_ids: list[Tensor] = field(default_factory=list)  # per step [B, 2], their tokens
 
 

@@ -23,12 +23,12 @@ from prefetch.recorder import RunRecord
 DEFAULT_FORWARDS = 64  # a few MB of JSON for 48 layers
 COMPUTE, TRANSFERS = 1, 2  # process ids
 FORWARD_TRACK, LAYER_TRACK, PHASE_TRACK = 0, 1, 2  # thread ids of the compute process
-CALL_PHASES = {
+CALL_PHASES = {  # as drawn
     "overhead_s": "overhead",
     "predictor_s": "predictor",
     "stall_s": "stall",
     "expert_s": "expert compute",
-}  # as drawn
+}
 COLOURS = {  # names that Chrome's viewer knows; Perfetto colours slices by name
     "dense": "grey",
     "expert compute": "thread_state_running",
@@ -56,12 +56,15 @@ def timeline(record: RunRecord, first_forward: int = 0, n_forwards: int = DEFAUL
     if len(drawn):
         origin_s = float(drawn["start_s"].iloc[0])
         end_s = float((drawn["start_s"] + drawn["wall_s"]).max())
-        calls = record.calls.merge(drawn[["sequence", "step"]], on=["sequence", "step"]).sort_values("start_s", kind="stable")
+        timed = record.calls[
+            record.calls["start_s"].notna()
+        ]  # a device-driven run's calls are not: only its forward passes are drawn
+        calls = timed.merge(drawn[["sequence", "step"]], on=["sequence", "step"]).sort_values("start_s", kind="stable")
         since_s = -inf if first_forward == 0 else origin_s
         moved = record.transfers[(record.transfers["finished_s"] >= since_s) & (record.transfers["started_s"] <= end_s)]
         events += _forward_events(drawn, origin_s)
         events += _call_events(calls, origin_s)
-        events += _dense_events(drawn, calls, origin_s)
+        events += _dense_events(drawn, calls, origin_s) if len(timed) else ()
         events += _transfer_events(moved, origin_s)
     last = first_forward + len(drawn) - 1
     other = {

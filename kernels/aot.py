@@ -23,6 +23,7 @@ from pathlib import Path
 import triton
 from rich.console import Console
 from rich.table import Table
+from triton.compiler import ASTSource
 
 import kernels
 from kernels.compile_case import CompileCase
@@ -60,7 +61,8 @@ def compile_all(parts: Sequence[str]) -> tuple[list[Report], list[str]]:
             "TRITON_INTERPRET is set: Triton compiles nothing in this process; unset it before Python starts"
         )
     jobs = [(index, part) for part in parts for index in range(len(distinct_cases()))]
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
+    n_workers, context = len(os.sched_getaffinity(0)), get_context("spawn")
+    with ProcessPoolExecutor(n_workers, context, initializer=_warm_up, initargs=(parts,)) as pool:
         found = list(pool.map(_compile, *zip(*jobs, strict=True), chunksize=4))
     cases = distinct_cases()
     faults = [problem for problem in found if isinstance(problem, str)]
@@ -80,6 +82,18 @@ def distinct_cases() -> list[CompileCase]:
         program = (launch.kernel.__module__, case.kernel_name, source.signature, source.constants, source.attrs)
         distinct.setdefault(repr((*program, launch.num_warps, launch.num_stages, case.expect)), case)
     return list(distinct.values())
+
+
+@triton.jit
+def _empty_kernel():  # type: ignore[no-untyped-def]
+    pass
+
+
+def _warm_up(parts: Sequence[str]) -> None:
+    """Do once in a worker what each of its children would do again: import the code generator, hash all of Triton, ask ptxas
+    for its version. That is longer than a case takes to compile."""
+    for part in parts:
+        triton.compile(ASTSource(fn=_empty_kernel, signature={}), target=PARTS[part].target)
 
 
 def _compile(index: int, part: str) -> Report | str:

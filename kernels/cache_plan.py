@@ -59,7 +59,7 @@ def cache_plan(
     Args:
         cache: changed in place.
         layer: the MoE layer that routes.
-        ids: int32 or int64 [T, k], its choice; ids outside 0..E-1 are ignored.
+        ids: int32 or int64 [T, k], its choice, no expert twice for one token; ids outside 0..E-1 are ignored.
         predicted: int32 or int64 [D, M], row d - 1 for the layer d further on (after the last comes the first, of the next
             token), likeliest first; ids outside 0..E-1 are ignored. None predicts nothing.
         plan: memory for the result; by default new.
@@ -352,8 +352,8 @@ def _copy_to_free(key, n_copies, held, slot, copy_keys_ptr, copy_slots_ptr, SLOT
 @triton.jit
 def _keys(ids_ptr, index, n, layer, n_experts):  # type: ignore[no-untyped-def]
     """Expert keys of `n` ids, -1 where the id is unknown."""
-    expert = tl.load(ids_ptr + index, mask=index < n, other=-1).to(tl.int32)
-    return tl.where((expert >= 0) & (expert < n_experts), layer * n_experts + expert, -1)
+    expert = tl.load(ids_ptr + index, mask=index < n, other=-1)
+    return tl.where((expert >= 0) & (expert < n_experts), layer * n_experts + expert, -1).to(tl.int32)
 
 
 @triton.jit

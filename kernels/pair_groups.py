@@ -83,9 +83,9 @@ def _group_kernel(  # type: ignore[no-untyped-def]
     lane = tl.arange(0, PAIRS)
     counts = tl.zeros([EXPERTS], tl.int32)
     for first in range(0, n_pairs, PAIRS):
-        wanted = tl.load(ids_ptr + first + lane, mask=first + lane < n_pairs, other=-1).to(tl.int32)
+        wanted = tl.load(ids_ptr + first + lane, mask=first + lane < n_pairs, other=-1)
         known = (wanted >= 0) & (wanted < n_experts)
-        counts += tl.histogram(tl.where(known, wanted, 0), EXPERTS, mask=known)
+        counts += tl.histogram(tl.where(known, wanted, 0).to(tl.int32), EXPERTS, mask=known)
     each = tl.arange(0, EXPERTS)
     tiles_each = (counts + TILE_ROWS - 1) // TILE_ROWS
     start = tl.sum(tl.where(each < expert, counts, 0))

@@ -21,9 +21,7 @@ class PreGateView:
 
     level: int
     route: bool  # they are what routes those layers, instead of routers of their own
-    logits: Mapping[
-        int, Callable[[Tensor], Tensor]
-    ]  # target layer -> router input of the layer `level` before, [T, H] -> [T, E]
+    logits: Mapping[int, Callable[[Tensor], Tensor]]  # target -> router input of the layer `level` before, [T, H] -> [T, E]
 
 
 @dataclass(frozen=True)
@@ -38,17 +36,11 @@ class ModelView:
     pre_moe_norm: Sequence[Callable[[Tensor], Tensor]]  # per layer: residual [T, H] -> router input [T, H]
     fingerprint: str = ""  # identifies the routers' weights, whatever dtype they run in
     pre_gates: PreGateView | None = None  # where the checkpoint ships them
-    shared_experts: Sequence[Callable[[Tensor], Tensor]] | None = (
-        None  # per layer: router input [T, H] -> added for every token
-    )
+    shared_experts: Sequence[Callable[[Tensor], Tensor]] | None = None  # per layer: router input [T, H] -> added for all tokens
     device: torch.device = torch.device("cpu")  # where all of these compute
-    draft_head: Callable[[LayerView | AttentionView], Tensor] | None = (
-        None  # as `predictors.draft_head`, where the model has one
-    )
-    choice_scores: Sequence[Callable[[Tensor], Tensor]] | None = (
-        None  # per layer: router logits -> what its router takes the k highest of, [T, E]; None: the logits
-    )
-
+    draft_head: Callable[[LayerView | AttentionView], Tensor] | None = None  # as `predictors.draft_head`, where there is one
+    # Per layer: router logits -> what its router takes the k highest of, [T, E]; None: the logits.
+    choice_scores: Sequence[Callable[[Tensor], Tensor]] | None = None
     expert_forms: Sequence[ExpertForm] | None = None  # per layer: activation and biases; None: SwiGLU without biases
 
     def router_scores(self, layer: int, router_input: Tensor) -> Tensor:
@@ -82,9 +74,8 @@ class LayerView:
     topk_weights: Tensor  # [T, k]
     token_ids: Tensor  # [T] int64
     pre_attention: Tensor | None = None  # [T, H], this layer's normalised input before attention; unless `needs_pre_attention`
-    previous_final: Tensor | None = (
-        None  # [T, H], what the output head read of the token before each; unless `needs_previous_final`
-    )
+    # [T, H], what the output head read of the token before each; unless `needs_previous_final`.
+    previous_final: Tensor | None = None
 
     @property
     def before_attention(self) -> AttentionView:

@@ -26,9 +26,8 @@ class Fate(Predictor):
     """Scores are probabilities of the target's router on today's router input, -inf below the threshold."""
 
     lookahead: int = 1  # layers between the observation and its one target
-    percentile: float | None = (
-        75.0  # of a token's confidences, below which an expert beyond the k best is left out; null = none is
-    )
+    # Of a token's confidences, below which an expert beyond the k best is left out; null = none is.
+    percentile: float | None = 75.0
 
     name = "fate"
 

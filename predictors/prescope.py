@@ -43,9 +43,8 @@ class PreScope(LearnedPredictor):
     dropout: float = 0.1
     input_layers: int | None = None  # observing layers in the input group; null = a sixth of all, at least 1
     output_layers: int | None = None  # in the output group
-    online_threshold: float | None = (
-        None  # learn while running when more guesses than this share are wrong (paper: 0.1); null = never
-    )
+    # Learn while running when more guesses than this share are wrong (paper: 0.1); null = never.
+    online_threshold: float | None = None
     online_window: int = 64  # tokens over which errors are counted
     online_learning_rate: float = 1e-4
     while_running: ClassVar[frozenset[str]] = frozenset(

@@ -95,7 +95,7 @@ def time_violations(record: RunRecord, wall_s: float | None = None) -> list[str]
     inside = (joined["start_s"] >= joined["start_s_forward"] - CLOCK_TOLERANCE_S) & (
         joined["start_s"] + joined["total_s"] <= joined["end_s"] + CLOCK_TOLERANCE_S
     )
-    found += _report(joined, ~inside, "a layer call outside its forward pass")
+    found += _report(joined, ~inside & joined["start_s"].notna(), "a layer call outside its forward pass")
     total_s = sum(_wall_s(forwards, phase) for phase in ("prefill", "decode"))
     if wall_s is not None and abs(total_s - wall_s) > WALL_TOLERANCE * wall_s:
         found.append(
@@ -157,8 +157,10 @@ def _phase(record: RunRecord, phase: str, link_bytes_per_s: float | None) -> dic
     transfers = record.transfers[in_phase & ~is_preload(record.transfers)]
     n_tokens = int(forwards["n_tokens"].sum())
     wall_s = _wall_s(record.forwards, phase)
-    seconds = {part: float(calls[f"{part}_s"].sum()) for part in CALL_PARTS}
-    seconds["dense"] = wall_s - float(calls["total_s"].sum())
+    seconds = {
+        part: float(calls[f"{part}_s"].sum(skipna=False)) for part in CALL_PARTS
+    }  # NaN: a device-driven run's are not known
+    seconds["dense"] = wall_s - float(calls["total_s"].sum(skipna=False))
     needed = calls["needed"].sum()
     n_bytes = {outcome: n for outcome, n in _bytes_by_outcome(transfers).items() if outcome != PRELOAD}
     return {
@@ -189,7 +191,7 @@ def _bytes_by_outcome(transfers: pd.DataFrame) -> dict[str, int]:
 
 
 def _covered_s(transfers: pd.DataFrame) -> float:
-    """Seconds during which at least one transfer was under way: the length of the union of their intervals."""
+    """Seconds during which at least one transfer was under way: the length of the union of their intervals. NaN where they are not known."""
     begun = transfers[transfers["moved_bytes"] > 0].sort_values("started_s")
     start_s, end_s = begun["started_s"].to_numpy(dtype=float), begun["finished_s"].cummax().to_numpy(dtype=float)
     if not len(begun):

@@ -83,6 +83,10 @@ class DeviceRuntime(LayerServer):
         """The forward pass is over: all of its work is on the current stream again, as the end of a graph's capture requires."""
         self._await_prefetches()
 
+    def leave(self) -> None:
+        """Whoever gets the memory of slots, tables and plans next uses it after the prefetches of a pass that raised."""
+        self._await_prefetches()
+
     def layer_call(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """The MoE layer's output [T, H] from the router's input [T, H] and choice [T, k]; enqueued, and nothing waited for."""
         if topk_ids.numel() > self.spare:
@@ -100,8 +104,7 @@ class DeviceRuntime(LayerServer):
         """
         if guesses is not None and guesses.numel() > self.most_prefetches:
             guesses = self._most_urgent(layer, guesses)
-        plan = CachePlan.empty(topk_ids, 0 if guesses is None else guesses.numel())
-        cache_plan(self.cache, layer, topk_ids, guesses, plan)
+        plan = self._planned(layer, topk_ids, guesses)
         self._await_prefetches()  # they may be for this layer, or their slots may be wanted now
         gather_rows(self.slots, self.in_place.entries, plan, "demand", self.n_programs)
         if guesses is not None:
@@ -119,6 +122,9 @@ class DeviceRuntime(LayerServer):
         if int(self.missed):
             raise TransferError("a kernel needed an expert that was in no slot, and computed zeros: please report it")
         return {counter.name.lower(): int(count) for counter, count in zip(Counter, self.cache.counters.tolist(), strict=True)}
+
+    def _planned(self, layer: int, topk_ids: Tensor, guesses: Tensor | None) -> CachePlan:
+        return cache_plan(self.cache, layer, topk_ids, guesses)
 
     def _computed(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, table: ExpertTable) -> Tensor:
         return moe_mlp(MoECall(hidden, topk_ids, topk_weights, table, layer, *self.forms[layer].parts), missed=self.missed)

@@ -30,9 +30,8 @@ class TransferRecord:
     kind: str  # "demand" | "prefetch" | "preload", at submission
     sequence: int  # when submitted; -1 for a preload, which comes before the first
     step: int
-    lookahead: (
-        int  # layers from the prediction to its target; 0 for a demand load, and for a layer predicted before its attention
-    )
+    # Layers from the prediction to its target; 0 for a demand load, and for a layer predicted before its attention.
+    lookahead: int
     outcome: str = ""  # "demand" | "useful" | "wasted" | "cancelled" | "failed" | "preload"
     late: bool = False  # useful, but it had not fully arrived when its layer needed it
 
@@ -44,6 +43,7 @@ class Demand:
     key: ExpertKey
     record: TransferRecord | None
     transient: bool
+    arrived: bool = False  # its bytes are complete
 
 
 @dataclass
@@ -53,9 +53,7 @@ class LookUp:
     hits: list[ExpertKey] = field(default_factory=list)  # in a slot, fully arrived
     late: list[Demand] = field(default_factory=list)  # its prefetch is under way
     misses: list[Demand] = field(default_factory=list)
-    in_place: list[ExpertKey] = field(
-        default_factory=list
-    )  # misses computed where they lie: by the CPU, or by a GPU across the link
+    in_place: list[ExpertKey] = field(default_factory=list)  # misses computed where they lie: by CPU, or by GPU across the link
     transient_hits: list[ExpertKey] = field(default_factory=list)  # hits (prefetched) that the policy declined
 
 
@@ -130,7 +128,10 @@ class FastTier:
         self.considered.add(key)
 
     def stage(self, key: ExpertKey, lookahead: int, in_use: Collection[ExpertKey]) -> None:
-        """Start a prefetch of `key`, which is not on board. Nothing happens if the policy declines it or no slot is free."""
+        """Start a prefetch of `key`, which is not on board. Nothing happens if the policy declines it, no slot is free, or the layer
+        call that uses `in_use` uses it too: then its demand load may be waiting for a slot."""
+        if key in in_use:
+            return
         if self.policy_admits:
             victims = self.policy.insert_prefetched(key, in_use)
             self._evict(victim for victim in victims if victim != key)
@@ -192,6 +193,7 @@ class FastTier:
     def arrived(self, demand: Demand) -> None:
         """The bytes of `demand` are complete."""
         self.pool.publish(demand.key, self.slots[demand.key])
+        demand.arrived = True
 
     def release(self, key: ExpertKey) -> None:
         """Take `key` off board (a transient that has been used, or an eviction)."""
@@ -199,9 +201,23 @@ class FastTier:
         self.pool.unpublish(key)
         self.pool.release(slot)
 
-    def fail(self, demand: Demand) -> None:
-        """The transfer of `demand` failed: forget the expert, so that the next request starts afresh."""
+    def abandon(self, found: LookUp) -> None:
+        """The layer call of `found` raised. What has not arrived is forgotten, so that no slot is half-written under an expert's name
+        and the next request starts afresh; transients leave. Returns when nothing more is written into their slots."""
+        for demand in found.late + found.misses:
+            if not demand.arrived:
+                self._forget(demand)
+        transients = [demand.key for demand in found.late + found.misses if demand.transient] + found.transient_hits
+        for key in transients:
+            if key in self.slots:
+                self.release(key)
+
+    def _forget(self, demand: Demand) -> None:
         if demand.record is not None:
+            transfer = demand.record.transfer
+            self.transfers.cancel(transfer)
+            while not transfer.settled:
+                self.transfers.wait_any([transfer])
             demand.record.outcome = "failed"
             self.release(demand.key)
         if demand.key in self.policy:

@@ -73,6 +73,9 @@ class LayerServer(ABC):
     def end_forward(self) -> None:
         """The forward pass is over."""
 
+    def leave(self) -> None:
+        """The model is served no longer. A forward pass that raised has not ended."""
+
     def layer_view(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> LayerView:
         """What the predictor may see of a layer whose router has just fired."""
         states = hidden, self.residual, topk_ids, topk_weights, self.token_ids, self.pre_attention, self.previous_final

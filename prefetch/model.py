@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.utils import logging as transformers_logging
+from transformers.utils.import_utils import is_cuda_stream_capturing
 
 from kernels.expert_form import ExpertForm
 from kernels.quantised import QuantFormat, dequantise, quantise
@@ -90,6 +91,7 @@ def attach(model: PreTrainedModel, runtime: R) -> Iterator[R]:
     blocks = moe_blocks(model, family)
     runtime.bind(model_view(model, family, runtime.geometry, runtime.predicts_on))
     with ExitStack() as undo:
+        undo.callback(runtime.leave)
         for layer, block in enumerate(blocks):
             experts = getattr(block, family.experts)
             experts.offload_layer, experts.offload_runtime = layer, runtime
@@ -275,10 +277,14 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
 def _begin(runtime: LayerServer) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
         token_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        cache = kwargs.get("past_key_values")
-        runtime.begin_forward(token_ids.reshape(-1), new_sequence=cache is None or cache.get_seq_length() == 0)
+        runtime.begin_forward(token_ids.reshape(-1), new_sequence=_begins_a_sequence(kwargs.get("past_key_values")))
 
     return hook
+
+
+def _begins_a_sequence(cache: Any) -> bool:
+    """A static cache has its length on the device, which a pass that a CUDA graph captures may not ask: such a pass decodes."""
+    return cache is None or (not is_cuda_stream_capturing() and bool(cache.get_seq_length() == 0))
 
 
 def _end(runtime: LayerServer) -> Callable:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -26,7 +27,7 @@ from prefetch.fast_tier import Demand, FastTier, LookUp
 from prefetch.geometry import ExpertKey, MoEGeometry
 from prefetch.layer_server import LayerServer
 from prefetch.planner.base import FastTierView, Planner
-from prefetch.recorder import CallTimer, Recorder
+from prefetch.recorder import CallTimer, Recorder, RunRecord
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,8 @@ class OffloadRuntime(LayerServer):
         self.recorder.begin_forward(self.sequence, self.step, self.token_ids.cpu())
 
     def end_forward(self) -> None:
-        """The forward pass is over."""
+        """The forward pass is over, on the device too: without its last layer's experts and the head a prompt would seem quicker."""
+        self.compute.wait()
         self.recorder.end_forward()
 
     def before_attention(self, layer: int, pre_attention: Tensor) -> None:
@@ -108,23 +110,28 @@ class OffloadRuntime(LayerServer):
             work = dispatch(ids)
 
             found = self._look_up(layer, work.experts)
-            waiting = self.tier.start(found.misses)
-            self._predict_and_prefetch(layer, hidden, ids, weights, guesses, work.experts, timer)
-            started = time.perf_counter()
-            call = self.compute.begin(
-                layer, Routed(hidden, topk_ids, topk_weights, weights, work, self.forms[layer]), found.in_place
-            )
-            timer.expert_s += time.perf_counter() - started
-            self._compute(call, found.hits, timer)
-            for key in found.transient_hits:
-                self.tier.release(key)
-            self._compute_in_place(call, found.in_place, timer)
-            self._compute_as_they_arrive(call, found.late + found.misses, waiting, timer)
+            try:
+                waiting = self.tier.start(found.misses)
+                self._predict_and_prefetch(layer, hidden, ids, weights, guesses, work.experts, timer)
+                started = time.perf_counter()
+                call = self.compute.begin(
+                    layer, Routed(hidden, topk_ids, topk_weights, weights, work, self.forms[layer]), found.in_place
+                )
+                timer.expert_s += time.perf_counter() - started
+                self._compute(call, found.hits, timer)
+                for key in found.transient_hits:
+                    self.tier.release(key)
+                self._compute_in_place(call, found.in_place, timer)
+                self._compute_as_they_arrive(call, found.late + found.misses, waiting, timer)
 
-            started = time.perf_counter()
-            out = call.finish()
-            ended = time.perf_counter()
-            timer.expert_s += ended - started
+                started = time.perf_counter()
+                out = call.finish()
+                ended = time.perf_counter()
+                timer.expert_s += ended - started
+            except BaseException:
+                with suppress(TransferError):  # after a GPU's fault each call reports it again: what led here is what counts
+                    self.tier.abandon(found)
+                raise
         self.recorder.called(layer, len(hidden), _counts(found), timer, ended)
         return out
 
@@ -266,9 +273,10 @@ class OffloadRuntime(LayerServer):
             settled = self.tier.transfers.wait_any(list(pending))
             timer.stall_s += time.perf_counter() - started
             for transfer in settled:
-                demand = pending.pop(transfer)
-                if transfer.error is not None:
-                    self._give_up([demand, *pending.values(), *waiting], demand)
+                demand, error = pending.pop(transfer), transfer.error
+                if error is not None:
+                    where = f"expert {demand.key.expert} of MoE layer {demand.key.layer}"
+                    raise TransferError(f"{where} could not be loaded: {error}") from error
                 self.tier.arrived(demand)
                 self._compute(call, [demand.key], timer)
                 if demand.transient:
@@ -283,21 +291,13 @@ class OffloadRuntime(LayerServer):
             call.expect(keys, [self.tier.slots[key] for key in keys])
             timer.expert_s += time.perf_counter() - started
 
-    def _give_up(self, demands: list[Demand], failed: Demand) -> None:
-        """Leave no slot half-written under an expert's name, then surface the error at the layer that needs it."""
-        for demand in demands:
-            if demand.record is not None and not demand.record.transfer.settled:
-                while not demand.record.transfer.settled:
-                    self.tier.transfers.wait_any([demand.record.transfer])
-            self.tier.fail(demand)
-        error = failed.record.transfer.error if failed.record else None
-        raise TransferError(
-            f"expert {failed.key.expert} of MoE layer {failed.key.layer} could not be loaded: {error}"
-        ) from error
-
     def finish(self) -> None:
         """End of the run: settle all prefetches, so that every byte has an outcome."""
         self.tier.finish()
+
+    def record(self) -> RunRecord:
+        """The run's tables, once it has finished."""
+        return self.recorder.record(self.tier.records)
 
     def close(self) -> None:
         """Stop the transfers. The runtime cannot be used again."""

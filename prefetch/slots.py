@@ -189,9 +189,8 @@ def _allocate(n_slots: int, row_bytes: int, device: torch.device) -> Tensor:
         return torch.frombuffer(pages, dtype=torch.uint8).view(n_slots, row_bytes)
     try:
         rows = torch.empty(n_slots, row_bytes, dtype=torch.uint8, device=device)
-        torch.cuda.synchronize(
-            device
-        )  # the memory may be freed memory that kernels still use: copies come on streams of their own
+        # The memory may be freed memory that kernels still use: copies come on streams of their own.
+        torch.cuda.synchronize(device)
         return rows
     except torch.OutOfMemoryError as error:
         raise CapacityError(

@@ -113,7 +113,7 @@ def call_times(
             runtime.layer_call(layer, hidden, ids, weights)
             times.append(time.thread_time() - began)
         runtime.end_forward()
-    calls = runtime.recorder.record(tier.records).calls
+    calls = runtime.record().calls
     measured = calls["step"] >= N_WARMUP
     return float(np.median(np.array(times)[measured])), float(calls["misses"][measured].mean())
 

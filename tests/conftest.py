@@ -30,11 +30,11 @@ ATTENTION_SIZES: dict[str, Any] = {
     "head_dim": 16,
     "max_position_embeddings": 512,
 }
-SPECIAL_TOKENS: dict[str, Any] = {
+SPECIAL_TOKENS: dict[str, Any] = {  # random models: no token ends a text
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
-}  # random models: no token ends a text
+}
 
 
 def qwen3_config(**changes: Any) -> Qwen3MoeConfig:

@@ -137,9 +137,8 @@ class Slru(CachePolicy):
         if len(self.protected) < self.protected_capacity and self._n_proven < self.proven_capacity:
             self.protected[key] = None
             return []
-        victims = self._make_room_in_probation(
-            1, in_use
-        )  # for the one that protected sends back, or by what probation borrowed
+        # For the one that protected sends back, or by what probation borrowed.
+        victims = self._make_room_in_probation(1, in_use)
         if not self._probation_has_room(1):
             return [*victims, key]
         self._protect(key)

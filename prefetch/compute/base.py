@@ -71,6 +71,9 @@ class ExpertCompute(ABC):
         """`tensors` on the host, complete."""
         return [tensor.cpu() for tensor in tensors]
 
+    def wait(self) -> None:
+        """Until all that was enqueued is done."""
+
     def span(self, name: str) -> AbstractContextManager:
         """A named span of the timeline, for profilers."""
         return NO_SPAN

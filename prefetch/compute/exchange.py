@@ -36,14 +36,14 @@ class Exchange:
         landing = self._landings.get(kind) or self._new_landing(kind)
         for place, tensor in zip(landing, tensors, strict=True):
             place.copy_(tensor, non_blocking=True)
-        self._wait()
+        self.wait()
         return [place.clone() for place in landing]
 
     def send(self, words: array[int]) -> Tensor:
         """int64 [n] on the device. The host may go on at once, and change `words`."""
         first, n_words = self._used, len(words)
         if first + n_words > len(self._words):
-            self._wait()
+            self.wait()
             first = 0
         if n_words > len(self._words):
             self._ring, self._words = self._new_ring(2 * n_words)
@@ -55,7 +55,8 @@ class Exchange:
         """`tensor` on the device, by way of pinned memory of its own."""
         return (tensor.pin_memory() if self.is_gpu else tensor).to(self.device, non_blocking=True)
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until all that was enqueued is done."""
         if self._arrived is not None:
             self._arrived.record()
             self._arrived.synchronize()

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from kernels.expert_form import ExpertForm
 from kernels.expert_mlp import weighted_sum
 from kernels.moe_parts import Part, PartKernels
 from kernels.quantised_experts import expert_table
@@ -28,6 +29,7 @@ class KernelLayer(LayerCompute):
         # Before anything is enqueued that the host would wait for as well.
         on_cpu = in_place if experts.mapped_address is None else ()
         self.hidden_on_host = experts.exchange.fetch([self.hidden])[0] if on_cpu else None
+        self.form_on_host = experts.form_on_host(on_cpu[0].layer, routed.form) if on_cpu else routed.form
         self.parts = experts.kernels.begin(self.hidden, routed.ids, routed.weights, routed.form)
         self.expected: dict[ExpertKey, Part] = {}
         self.rows_of_cpu: dict[int, Tensor] = {}  # expert -> [n, H] on the host
@@ -51,7 +53,7 @@ class KernelLayer(LayerCompute):
         inputs = self.work.inputs(self.hidden_on_host)
         self.parts.leave_out(self.experts.exchange.send(array("q", [p for key in keys for p in self.work.pairs[key.expert]])))
         for key in keys:
-            self.rows_of_cpu[key.expert] = self.routed.form.mlp(key.expert, inputs[key.expert], *read(key))
+            self.rows_of_cpu[key.expert] = self.form_on_host.mlp(key.expert, inputs[key.expert], *read(key))
 
     def finish(self) -> Tensor:
         return self.parts.finish(self._sum_of_cpu() if self.rows_of_cpu else None)
@@ -89,6 +91,7 @@ class KernelExperts(ExpertCompute):
         entries = torch.zeros(1, geometry.n_experts, dtype=torch.int64, device=self.device)
         self.kernels = PartKernels(expert_table(geometry.expert, (pool.rows,), entries), self.missed)
         self.n_experts = geometry.n_experts
+        self._forms_on_host: dict[int, ExpertForm] = {}  # by layer
         self.no_addresses = array("q", [0] * _even(geometry.n_experts))
 
     def begin(self, layer: int, routed: Routed, in_place: Sequence[ExpertKey]) -> LayerCompute:
@@ -96,6 +99,15 @@ class KernelExperts(ExpertCompute):
 
     def to_host(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return self.exchange.fetch(tensors)
+
+    def wait(self) -> None:
+        self.exchange.wait()
+
+    def form_on_host(self, layer: int, form: ExpertForm) -> ExpertForm:
+        """The form of the experts of `layer`, for the CPU. Biases cross the link once: fetched at each use, they would come behind the hits."""
+        if layer not in self._forms_on_host:
+            self._forms_on_host[layer] = form.to(torch.device("cpu"))
+        return self._forms_on_host[layer]
 
     def prepare(
         self, pairs_of: dict[int, list[int]], top_k: int, parts: Sequence[Sequence[ExpertKey]], addresses: Sequence[int]

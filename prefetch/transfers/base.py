@@ -87,7 +87,7 @@ class Transfers(ABC):
 
     @abstractmethod
     def cancel(self, transfer: Transfer) -> None:
-        """Stop a prefetch: at once if queued, after the chunk under way if running. A settled transfer stays as it is."""
+        """Stop a transfer: at once if queued, after the chunk under way if running. A settled one stays as it is."""
 
     @abstractmethod
     def wait_any(self, transfers: Sequence[Transfer]) -> list[Transfer]:

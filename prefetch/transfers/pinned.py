@@ -39,8 +39,9 @@ class PinnedSource(HostSource):
         try:
             self._mapped = driver.pin(self.memory.address, self.memory.n_bytes)
         except TransferError as error:
+            n_bytes = self.memory.n_bytes
             super().close()
-            raise CapacityError(f"{path}: {self.memory.n_bytes / 1e9:.2f} GB of RAM cannot be pinned: {error}") from error
+            raise CapacityError(f"{path}: {n_bytes / 1e9:.2f} GB of RAM cannot be pinned: {error}") from error
         try:
             for _ in range(n_threads + 1):  # the waiting thread may move chunks too
                 self._streams.append(driver.new_stream())

@@ -136,6 +136,11 @@ class HostSource(Source):
             raise self.error(key, 0, READ_SHORT, there, self.row_bytes)
         return self._bytes.data[start : start + self.row_bytes]
 
+    def rows_from(self, key: ExpertKey, n_rows: int) -> np.ndarray:
+        """uint8 [n_rows, row_bytes]: the row of `key` and those behind it in the file, without a copy."""
+        start = self.offset_of(key)
+        return self._bytes[start : start + n_rows * self.row_bytes].reshape(n_rows, self.row_bytes)
+
     def close(self) -> None:
         self.memory.n_bytes = 0
         self._bytes = np.empty(0, dtype=np.uint8)

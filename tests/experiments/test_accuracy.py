@@ -99,11 +99,8 @@ def test_a_mistake_is_one_clear_line(overrides: list[str], message: str, small_r
     assert not (tmp_path / "accuracy.json").exists()
 
 
-NOT_JUDGED = {
-    "none",
-    "shared_expert_gate",
-    "shipped_pre_gate",
-}  # nothing to judge, or made for models with what the bundled lacks
+# Nothing to judge, or made for models with what the bundled lacks.
+NOT_JUDGED = {"none", "shared_expert_gate", "shipped_pre_gate"}
 
 
 def test_the_default_comparison_has_every_family_that_needs_no_training_first() -> None:

@@ -15,7 +15,7 @@ from kernels.compile_case import Expectations
 from kernels.machine_code import PARTS, Report, violations
 
 REPOSITORY = Path(kernels.__file__).parents[1]
-pytestmark = pytest.mark.timeout(900)  # minutes on a slow machine: some two hundred compilations
+pytestmark = pytest.mark.timeout(1800)  # minutes on a slow machine: some hundreds of compilations
 
 
 def run_python(*arguments: str, cache: Path, interpret: bool = False) -> subprocess.CompletedProcess[str]:

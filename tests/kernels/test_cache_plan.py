@@ -242,6 +242,13 @@ def test_lookahead_wraps_to_the_next_token() -> None:
     assert set(on_board(cache, Segment.STAGED)) == {(0, 1), (1, 2), (2, 3)}
 
 
+def test_ids_that_32_bits_would_take_for_experts_are_ignored() -> None:
+    cache = DeviceCache.empty(2, 8, capacity=2, staging=2, transient=0)
+    plan = cache_plan(cache, 0, torch.tensor([[3, 2**32 + 4]]), torch.tensor([[2**32 + 6, 5]]))
+    assert plan.slot_ids.tolist() == [[0, -1]] and plan.copy_bounds.tolist() == [0, 1, 2]
+    assert plan.copy_keys[:2].tolist() == [3, 8 + 5]
+
+
 def test_more_experts_than_slots() -> None:
     """Two members, one transient; the fourth has no slot, and the next plan frees the transient."""
     cache = DeviceCache.empty(1, 8, capacity=2, staging=0, transient=1)

@@ -113,6 +113,18 @@ def test_groups(n_experts: int, n_pairs: int, tile_rows: int, seed: int) -> None
     assert (groups.order[len(order) :] == -9).all() and (groups.tiles[len(tiles) :] == -9).all()
 
 
+def test_ids_that_32_bits_would_take_for_experts_are_missed() -> None:
+    ids = torch.tensor([[2, 2**32 + 1], [1 - 2**32, 0], [3, 2**40]])
+    call = random_call(Sizes(3, 32, 16, 4, 2), torch.float32, seed=6, ids=ids)
+    out, missed = poisoned(call)
+    grouped_mlp(call, out, missed)
+    check_result(call, out, missed)
+    groups = PairGroups.empty(ids, 4, 16)
+    group_launch(ids, 4, groups).run()
+    order, tiles = group_pairs_reference(ids, 4, 16)
+    assert groups.order[: len(order)].tolist() == order and groups.n_tiles.tolist() == [len(tiles)]
+
+
 @pytest.mark.parametrize("counts", [[1] * 8, [100], [17, 1, 33, 16], [16] * 5 + [1] * 9])
 def test_room_for_tiles_in_the_worst_case(counts: list[int]) -> None:
     ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))[:, None]

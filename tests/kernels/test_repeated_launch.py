@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,3 +63,61 @@ def test_a_repeated_launch_calls_the_compiled_kernel_where_that_fits() -> None:
     assert [how for how, _, _ in kernel.calls] == ["found out", "found out", "compiled", "found out"]
     for n_columns, (_, grid, values) in enumerate(kernel.calls, start=1):
         assert grid == (3, n_columns, 1) and values[0] is given[n_columns - 1] and values[1] is out and values[2:] == (0.5, 8)
+
+
+ON_A_GPU_THAT_NOTES = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from kernels.decode_mlp import decode_launches
+from kernels.repeated_launch import RepeatedLaunch
+from tests.kernels.random_moe import Sizes, poisoned, random_call
+
+class Utils:
+    def load_binary(self, *binary):
+        return "module", "function", 32, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 1 << 17}
+
+class Driver:
+    utils = Utils()
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return "stream"
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def launcher_cls(self, source, metadata):
+        def launch(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
+            noted.append((metadata.name, metadata.num_warps, (x, y, z), stream, function, arguments))
+        return launch
+
+noted = []
+driver.set_active(Driver())
+call = random_call(Sizes(2, 64, 32, 5, 2), torch.bfloat16, 0, biases=True)
+for launch in decode_launches(call, *poisoned(call)):
+    repeated = RepeatedLaunch(launch)
+    for seed in range(2):
+        other = random_call(Sizes(2, 64, 32, 5, 2), torch.bfloat16, seed)
+        tensors = {"ids_ptr": other.ids, "y_ptr": other.x.new_empty(4, 32)}
+        repeated.run(3, tensors)
+        repeated._changed((launch.grid[0], 3, 1), tensors).run()
+        (*ours, given), (*theirs, wanted) = noted[-2:]
+        assert ours == theirs and len(given) == len(wanted), (ours, theirs)
+        assert all(mine is its or mine == its for mine, its in zip(given, wanted)), (given, wanted)
+print(len(noted))
+"""
+
+
+def test_triton_gives_its_launcher_what_it_would_give_it_by_the_long_way(tmp_path: Path) -> None:
+    """Triton itself, of the version that is installed, up to the driver's launch; in a process in which it does not interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", ON_A_GPU_THAT_NOTES], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "8"

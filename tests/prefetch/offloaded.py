@@ -49,9 +49,8 @@ class Setting:
     policy_admits: bool = False
     source: type[Source] = DiskSource
     chunk_bytes: int = 4096  # several chunks per expert
-    driver: CudaDriver | None = (
-        None  # compute by kernels out of slots that copies from pinned memory fill; default: the CPU's path
-    )
+    # Compute by kernels out of slots that copies from pinned memory fill; default: the CPU's path.
+    driver: CudaDriver | None = None
     how: QuantFormat | None = None  # quantise the experts
     zero_copy: bool = False  # kernels, not the CPU, compute what the planner leaves in place
 

@@ -9,9 +9,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from experiments.arm import check_slots
-from experiments.backend import memory_budget, refuse_gpu
+from experiments import backend
+from experiments.backend import enforce_budget, memory_budget, refuse_gpu, use_device
 from experiments.config import register, validate
+from experiments.slot_budget import check_slots
 from prefetch.device import compute_device, limit_memory, settle
 from prefetch.errors import CapacityError, ConfigError
 from prefetch.geometry import ExpertGeometry, MoEGeometry
@@ -98,6 +99,16 @@ def test_a_budget_is_what_was_asked_for_or_all_there_is() -> None:
     assert memory_budget(OmegaConf.create({"memory": None}), torch.device("cpu")) is None
     with pytest.raises(CapacityError, match=r"backend.memory=24GB, but a small GPU has 16.0 GB"):
         memory_budget(OmegaConf.create({"memory": "24GB"}), gpu)
+
+
+def test_no_job_of_a_sweep_has_the_limit_of_the_one_before(
+    small_gpu: list[tuple[float, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = torch.device("cuda", 1)
+    monkeypatch.setattr(backend, "compute_device", lambda kind: gpu)
+    enforce_budget(gpu, 4 * 10**9)
+    assert use_device(OmegaConf.create({"kind": "cuda", "n_threads": 1})) == gpu
+    assert small_gpu == [(0.25, 1), (1.0, 1)]
 
 
 def test_an_arm_that_cannot_fit_is_named_before_anything_runs() -> None:

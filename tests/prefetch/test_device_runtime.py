@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel, StaticCache
 
 from kernels.device_cache import DeviceCache, slru_protected
 from kernels.slot_table import ExpertTable, addresses_of
-from predictors.base import Predictor
+from predictors.base import LayerView, Prediction, Predictor
 from predictors.gate_reuse import GateReuse
 from predictors.none import NoPredictor
 from predictors.popularity import Popularity
@@ -30,13 +31,21 @@ from prefetch.model import attach, load_offloaded
 from prefetch.store import ExpertStore
 from tests.prefetch.offloaded import PROMPTS, decode, plain
 
+R = TypeVar("R", bound=DeviceRuntime)
 PROMPT, NEW_TOKENS, CAPACITY = PROMPTS[:1], 8, 6
 
 
 @contextmanager
 def device_driven(
-    folder: Path, pack_dir: Path, predictor: Predictor, *, capacity: int = CAPACITY, protected: int = 0, **knobs: Any
-) -> Iterator[tuple[PreTrainedModel, DeviceRuntime]]:
+    folder: Path,
+    pack_dir: Path,
+    predictor: Predictor,
+    *,
+    runtime_class: type[R] = DeviceRuntime,  # type: ignore[assignment]
+    capacity: int = CAPACITY,
+    protected: int = 0,
+    **knobs: Any,
+) -> Iterator[tuple[PreTrainedModel, R]]:
     """The model of `folder` in fp32, all of whose experts lie in "pinned" memory behind a few slots."""
     store = ExpertStore.open(folder, torch.float32, pack_dir, progress=False)
     size = store.geometry
@@ -52,7 +61,7 @@ def device_driven(
     pages = allocate_pages(cache.n_slots * size.expert.row_bytes, "a test")
     slots = torch.frombuffer(pages, dtype=torch.uint8).view(cache.n_slots, -1).fill_(0xFF)
     backing = ExpertTable(size.expert, (host_rows,), addresses_of(host_rows).view(size.n_layers, size.n_experts))
-    runtime = DeviceRuntime(size, slots, backing, cache, predictor, **knobs)
+    runtime = runtime_class(size, slots, backing, cache, predictor, **knobs)
     model = load_offloaded(folder, torch.float32)
     with attach(model, runtime):
         yield model, runtime
@@ -124,6 +133,56 @@ def test_what_is_prefetched_is_the_nearest_and_likeliest_that_is_not_on_board(ti
         runtime.cache.slot_of[0, 3] = 1
         guesses = torch.tensor([[3, -1, 7], [3, 5, 4]])  # for layers 0 and 1, the last being layer 2
         assert runtime._most_urgent(2, guesses).tolist() == [[-1, -1, 7], [3, -1, -1]]
+
+
+class Captured(TorchDispatchMode):
+    """Refuses what has to wait for the device, as a CUDA graph's capture does."""
+
+    WAITS = {
+        "aten::_local_scalar_dense",
+        "aten::item",
+        "aten::is_nonzero",
+        "aten::nonzero",
+        "aten::equal",
+        "aten::masked_select",
+    }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() in self.WAITS:
+            raise AssertionError(f"{func.name()} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("prefetch_bytes", [1, 1 << 30], ids=["one prefetch", "all guesses"])
+def test_a_decode_step_of_a_transformers_model_asks_the_device_for_nothing(
+    prefetch_bytes: int, tiny_qwen3: Path, pack_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knobs = {"prefetch_bytes": prefetch_bytes}
+    with device_driven(tiny_qwen3, pack_dir, GateReuse(), **knobs) as (model, runtime), torch.inference_mode():
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        ids = model(input_ids=PROMPT[0], past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # transformers looks, too
+        with Captured():
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
+        assert (runtime.sequence, runtime.step) == (0, 1) and runtime.counts()["prefetches"] > 0
+
+
+class Interrupted(GateReuse):
+    """Ctrl-C at the second layer of a decode step, while the first one's prefetches are under way."""
+
+    def predict(self, seen: LayerView) -> list[Prediction]:
+        if seen.layer == 1:
+            raise KeyboardInterrupt
+        return super().predict(seen)
+
+
+def test_prefetches_of_a_pass_that_raised_are_waited_for(tiny_qwen3: Path, pack_dir: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), device_driven(tiny_qwen3, pack_dir, Interrupted()) as (model, runtime):
+        try:
+            decode(model, PROMPT, NEW_TOKENS)
+        finally:
+            assert runtime.prefetched is not None
+    assert runtime.prefetched is None
 
 
 def test_an_expert_that_was_not_there_is_noticed(tiny_qwen3: Path, pack_dir: Path) -> None:

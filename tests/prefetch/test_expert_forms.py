@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from kernels.expert_form import ExpertForm
 from kernels.quantised import QuantFormat
 from predictors.gate_reuse import GateReuse
 from prefetch.accounting import violations
@@ -75,6 +77,28 @@ def test_kernels_decode_like_transformers(name: str, gpt_oss: Path, packs: Path,
     assert (calls["in_place"].sum() > 0) == (name != "from slots")
     assert torch.equal(tokens, expected_tokens)
     torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_biases_come_to_the_cpu_once_a_layer(
+    gpt_oss: Path, packs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(planner=CpuFallback(TopM(), link_experts=0), driver=StandInDriver(tmp_path))
+    to, mlp, on_host = ExpertForm.to, ExpertForm.mlp, []
+
+    def moved(form: ExpertForm, device: torch.device) -> ExpertForm:
+        on_host.append(to(form, device))
+        return on_host[-1]
+
+    def computed(form: ExpertForm, *arguments: Any) -> torch.Tensor:
+        assert any(form is known for known in on_host)
+        return mlp(form, *arguments)
+
+    with offloaded(gpt_oss, packs, setting) as (model, runtime):
+        monkeypatch.setattr(ExpertForm, "to", moved)
+        monkeypatch.setattr(ExpertForm, "mlp", computed)
+        decode(model, [SHORT], 4)
+        calls = runtime.recorder.record(runtime.tier.records).calls
+    assert (calls["in_place"] > 0).sum() > len(on_host) == runtime.geometry.n_layers
 
 
 def test_the_device_driven_runtime_decodes_like_transformers(gpt_oss: Path, packs: Path) -> None:

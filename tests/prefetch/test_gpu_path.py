@@ -119,6 +119,17 @@ def test_a_failed_copy_surfaces_at_its_layer(tiny_qwen3: Path, pack_dir: Path, d
     assert spans == []
 
 
+def test_a_kernels_fault_surfaces_as_itself(tiny_qwen3: Path, pack_dir: Path, driver: StandInDriver) -> None:
+    def fault(*arguments: Any) -> None:
+        driver.die()
+        raise RuntimeError("the kernel's own fault")
+
+    with pytest.raises(RuntimeError, match="the kernel's own fault"):
+        with offloaded(tiny_qwen3, pack_dir, Setting(driver=driver)) as (model, runtime):
+            runtime.compute.begin = fault  # type: ignore[method-assign,assignment]
+            decode(model, PROMPT, NEW_TOKENS)
+
+
 def test_an_expert_that_was_not_there_is_noticed(tiny_qwen3: Path, pack_dir: Path, driver: StandInDriver) -> None:
     with offloaded(tiny_qwen3, pack_dir, Setting(driver=driver)) as (_, runtime):
         compute = runtime.compute
@@ -153,6 +164,14 @@ def test_the_host_waits_once_a_layer_and_predictors_are_asked_before(
         decode(model, PROMPT, NEW_TOKENS)
     waits = [name for name in asked if name in ("predict", "fetch")]
     assert waits == ["predict", "fetch"] * (3 * NEW_TOKENS)
+
+
+def test_a_forward_pass_ends_when_the_device_is_done(tiny_qwen3: Path, pack_dir: Path, driver: StandInDriver) -> None:
+    with offloaded(tiny_qwen3, pack_dir, Setting(driver=driver)) as (model, runtime):
+        n_ended: list[int] = []  # passes that had ended by the book when the device was waited for
+        runtime.compute.wait = lambda: n_ended.append(len(runtime.recorder.wall_s))  # type: ignore[method-assign]
+        decode(model, PROMPT, NEW_TOKENS)
+    assert n_ended == list(range(NEW_TOKENS))
 
 
 def test_hits_are_one_upload_and_all_that_is_awaited_another(tiny_qwen3: Path, pack_dir: Path, driver: StandInDriver) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,11 +25,17 @@ from prefetch.cache.none import NoCache
 from prefetch.cache.replay import replay_hits
 from prefetch.cache.resident import Resident
 from prefetch.cache.slru import Slru
+from prefetch.compute.base import LayerCompute
 from prefetch.errors import CapacityError, RoutingError, TransferError
+from prefetch.fast_tier import FastTier
+from prefetch.geometry import PAGE_BYTES, ExpertGeometry, ExpertKey, MoEGeometry
 from prefetch.planner.cpu_fallback import CpuFallback
 from prefetch.planner.top_m import TopM
+from prefetch.slots import SlotPool
 from prefetch.transfers.sources import DiskSource, HostSource
+from prefetch.transfers.threads import ThreadTransfers
 from tests.prefetch.offloaded import PROMPTS, Setting, decode, offloaded, plain
+from tests.prefetch.transfers.gated_source import GatedSource
 
 SETTINGS: dict[str, Callable[[], Setting]] = {
     "resident": lambda: Setting(Resident(24), n_slots=24, staging=0, transient=0),
@@ -248,6 +257,75 @@ def test_an_unreadable_expert_surfaces_at_its_layer_and_leaves_clean_books(tiny_
         runtime.finish()
         assert runtime.tier.pool.n_free + len(runtime.tier.slots) == runtime.tier.pool.n_slots
     assert torch.equal(tokens, decode(plain(tiny_qwen3))[0])
+
+
+def interrupt(owner: Any, name: str, after: list[None]) -> None:
+    """Ctrl-C instead of the method `name` of `owner`, once `after` is used up; only once."""
+    method = getattr(owner, name)
+
+    def interrupted(*arguments: Any) -> Any:
+        if after:
+            after.pop()
+            if not after:
+                raise KeyboardInterrupt
+        return method(*arguments)
+
+    setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize("where", ["begin", "wait_any", "from_slots"])
+@pytest.mark.parametrize("name", ["gate reuse", "policy admits", "no cache", "two transients"])
+def test_nothing_stays_on_board_that_had_not_arrived_when_its_call_was_interrupted(
+    where: str, name: str, tiny_qwen3: Path, pack_dir: Path, resident_logits: torch.Tensor
+) -> None:
+    after: list[None] = [None] * 5
+    with offloaded(tiny_qwen3, pack_dir, SETTINGS[name]()) as (model, runtime):
+        begin, tier = runtime.compute.begin, runtime.tier
+
+        def begun(*arguments: Any) -> LayerCompute:
+            call = begin(*arguments)
+            if where == "from_slots":
+                interrupt(call, where, after)
+            return call
+
+        runtime.compute.begin = begun  # type: ignore[method-assign]
+        if where != "from_slots":
+            interrupt(runtime.compute if where == "begin" else tier.transfers, where, after)
+        with pytest.raises(KeyboardInterrupt):
+            decode(model)
+        arrived = {key: slot for key, slot in tier.slots.items() if key not in tier.staged}
+        assert all(tier.pool.slot_of[key] == slot and key in tier.policy for key, slot in arrived.items())
+        assert all(key in tier.slots for key in tier.policy)
+        runtime.recorder.drop_unfinished()
+        assert torch.equal(decode(model)[1], resident_logits)
+        runtime.finish()
+        assert tier.pool.n_free + len(tier.slots) == tier.pool.n_slots
+
+
+def test_what_waits_for_a_transients_slot_is_not_prefetched_too() -> None:
+    """A guess for the same layer of the next pass, when the slot of a cancelled prefetch has just become free."""
+    size = MoEGeometry(1, 8, 2, ExpertGeometry(32, 16, torch.float32))
+    pool, source = SlotPool(size, 2), GatedSource(size.expert.row_bytes, lambda key: key.expert == 0)
+    cancelled, first, waits = (ExpertKey(0, expert) for expert in range(3))
+    with closing(ThreadTransfers(source, pool.buffer, n_threads=1, chunk_bytes=PAGE_BYTES)) as transfers:
+        tier = FastTier(pool, NoCache(0), transfers, staging=1, transient=1)
+        tier.stage(cancelled, 1, [])
+        source.await_reads(1)
+        found = tier.look_up(0, [first, waits], lambda absent: [])
+        [waiting] = tier.start(found.misses)
+        source.open()
+        while not tier.prefetch_room:
+            time.sleep(0.001)
+        tier.stage(waits, 1, [first, waits])
+        for demand in found.misses:
+            tier.start(found.misses)
+            assert demand.record is not None
+            while not demand.record.transfer.settled:
+                transfers.wait_any([demand.record.transfer])
+            tier.arrived(demand)
+            tier.release(demand.key)
+        tier.finish()
+        assert waiting.arrived and pool.n_free == pool.n_slots and not tier.slots
 
 
 def test_too_few_slots_are_refused(tiny_qwen3: Path, tmp_path: Path) -> None:

@@ -226,9 +226,8 @@ def test_device_driven_tokens_are_those_of_transformers(tiny_qwen3: Path, tmp_pa
     prompts = [torch.arange(1, 12)[None], torch.arange(20, 29)[None]]
     found = device_driven(tiny_qwen3, tmp_path, torch.device("cpu"), prompts, 4, GateReuse())
     assert (found.n_equal, found.n_tokens, found.explained_by_rounding) == (8, 8, True)
-    assert (
-        found.counts["hits"] + found.counts["useful"] + found.counts["misses"] == 2 * 3 * 3 * 2
-    )  # prompts, steps, layers, top-k
+    n_needed = 2 * 3 * 3 * 2  # prompts, steps, layers, top-k
+    assert found.counts["hits"] + found.counts["useful"] + found.counts["misses"] == n_needed
     assert found.counts["prefetches"] > 0 and found.counts["unplaced"] == 0
 
 

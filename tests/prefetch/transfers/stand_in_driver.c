@@ -41,7 +41,7 @@ static size_t pinned_bytes;
 /* What the test reads and sets. */
 int64_t clock_of_compute, n_streams, n_pinned, n_live_events, n_copied, n_waits;
 int64_t fail_copy_at = -1, fail_stream_at = -1;
-int32_t is_dead; /* a kernel has faulted: each call that takes down says so again, though it does its work */
+int32_t is_dead; /* a kernel has faulted: each call that records or takes down says so again, though it does its work */
 int32_t compute_is_busy;
 
 void make_current(void) { current = CONTEXT; }
@@ -113,7 +113,7 @@ int32_t cuEventRecord(void *handle, void *compute_stream) {
     if (!compute_is_busy)
         e->passed = e->recorded;
     pthread_mutex_unlock(&lock);
-    return compute_stream == (void *)0x57 ? OK : INVALID_VALUE;
+    return is_dead ? ILLEGAL_ADDRESS : compute_stream == (void *)0x57 ? OK : INVALID_VALUE;
 }
 
 /* The first to enqueue on a stream owns it until it synchronises. */

@@ -35,7 +35,7 @@ class StandInDriver(CudaDriver):
         ctypes.c_int64.in_dll(self.stand_in, "fail_stream_at").value = number
 
     def die(self) -> None:
-        """From now on the calls that take down report a kernel's fault."""
+        """From now on the calls that record or take down report a kernel's fault."""
         ctypes.c_int32.in_dll(self.stand_in, "is_dead").value = True
 
     def keep_computing(self, busy: bool) -> None:

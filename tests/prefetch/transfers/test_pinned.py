@@ -139,8 +139,10 @@ def test_a_truncated_file_is_reported(gpu: Gpu) -> None:
 
 def test_what_cannot_be_set_up_is_refused(gpu: Gpu, tmp_path: Path) -> None:
     place = gpu.path, lambda key: key[1] * ROW_BYTES, ROW_BYTES
-    with pytest.raises(CapacityError, match="cannot be pinned"):  # the stand-in pins one buffer at a time
-        PinnedSource(*place, gpu.driver, N_THREADS)
+    large = tmp_path / "large.pack"
+    large.write_bytes(bytes(10**7))
+    with pytest.raises(CapacityError, match=r"0\.01 GB of RAM cannot be pinned"):  # the stand-in pins one buffer at a time
+        PinnedSource(large, *place[1:], gpu.driver, N_THREADS)
     with pytest.raises(ConfigError, match=r"tier\.n_threads"):
         PinnedSource(*place, gpu.driver, 64)
     with pytest.raises(ConfigError, match=r"backend=cuda needs the CUDA driver, and no-such-driver\.so"):
