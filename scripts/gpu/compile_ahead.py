@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import triton_key
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -51,8 +52,10 @@ def settle_names() -> None:
     """Let Triton hash the source of every kernel now, before processes are forked that must agree on the names in its cache.
 
     Its hash of a kernel holds the constants of functions that it calls only if those were hashed earlier, through another kernel: two
-    processes that begin with different kernels have different names for one program.
+    processes that begin with different kernels have different names for one program. Its hash of itself is in every name too, and
+    takes each process a second of reading 400 MB unless it has it from here.
     """
+    triton_key()
     for found in pkgutil.iter_modules(kernels.__path__):
         for function in vars(importlib.import_module(f"kernels.{found.name}")).values():
             if isinstance(function, JITFunction):

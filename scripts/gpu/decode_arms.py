@@ -273,13 +273,15 @@ class ResidentArm(Arm):
             part.copy_(once[: len(part)])
         slot_of = torch.arange(geometry.n_total, dtype=torch.int32, device=device).view(geometry.n_layers, geometry.n_experts)
         self.table = expert_table(geometry.expert, (pool,), slot_of)
+        # A flag of each call's own would cost a launch a layer, which no other arm pays.
+        self.missed = torch.zeros(1, dtype=torch.int32, device=device)
         self.routing = torch.from_numpy(scene.routing).to(device)
         self.ids, self.n_decoded = self.routing[0].clone(), 0
         self.replay = scene.machine.captured(self._step)
 
     def experts(self, layer: int, hidden: Tensor, weights: Tensor) -> Tensor:
         """One layer's routed experts."""
-        return moe_mlp(MoECall(hidden, self.ids[layer][None], weights, self.table, layer))
+        return moe_mlp(MoECall(hidden, self.ids[layer][None], weights, self.table, layer), missed=self.missed)
 
     def _step(self) -> None:
         self.out = self.scene.model.step(self.experts)

@@ -37,18 +37,26 @@ class Findings:
         return section in self.found["sections"] and self.found["sections"][section]["stopped"] is None
 
     def begin(self, section: str, commit: str | None) -> None:
-        """The section's rows of an earlier run, which was stopped, make way for new ones."""
+        """The section's rows of an earlier run, which was stopped, stay until there are as many new ones: this run may be stopped sooner."""
         self.found["skipped"].pop(section, None)
-        self.found["sections"][section] = {"rows": [], "commit": commit, "seconds": None, "stopped": "not at its end yet"}
+        self.growing: Found = {"rows": [], "commit": commit, "seconds": None, "stopped": "not at its end yet"}
+        self._overtake(section)
 
     def add(self, section: str, row: Row) -> None:
-        self.found["sections"][section]["rows"].append(row)
+        self.growing["rows"].append(row)
+        self._overtake(section)
         self.write()
 
     def end(self, section: str, seconds: float, stopped: str | None) -> None:
         """`stopped` says why it did not come to its end."""
-        self.found["sections"][section] |= {"seconds": seconds, "stopped": stopped}
+        self.growing |= {"seconds": seconds, "stopped": stopped}
+        self._overtake(section)
         self.write()
+
+    def _overtake(self, section: str) -> None:
+        before = self.found["sections"].get(section, self.growing)
+        if None in (before["stopped"], self.growing["stopped"]) or len(self.growing["rows"]) >= len(before["rows"]):
+            self.found["sections"][section] = self.growing
 
     def skip(self, section: str, reason: str) -> None:
         """It was not begun; rows of an earlier run stay."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ FEWEST_SETS = 4  # of weights, in turn
 TIMES_L2 = 3  # all sets together are more than L2 holds
 MAX_ERROR = 2e-2  # relative norm against fp32: of 16-bit experts with 16-bit intermediates
 MAX_DECODE_BYTES = 20e9  # weights that one token after the other would read: not what that kernel is for
+ROOF = "read_only"
 
 
 @dataclass(frozen=True)
@@ -104,30 +106,32 @@ def times_beside_roof(
     expected: Tensor | None,
     tolerance: float,
 ) -> Iterator[KernelTime]:
-    """Check each provider once against `expected`, then time all in turn, the roof (where there is one) first.
+    """Check each provider once against `expected`, then time them in turn: first the roof (where there is one) and ours, then the others,
+    of which one may break the process.
 
     Args:
         expected: what the first call of those providers returns that return a tensor; None checks nothing.
         tolerance: of the relative norm.
     """
-    checked = {name: _error(calls[0], expected) for name, calls in providers.items()}
-    failed = {name: found for name, found in checked.items() if isinstance(found, str)}
-    able: dict[str, Calls] = {n: calls for n, calls in providers.items() if n not in failed}
+    ours = {name: calls for name, calls in providers.items() if name.startswith("ours")}
+    others = {name: calls for name, calls in providers.items() if name not in ours}
     roof_us = None
     where = about.shape, about.n_tokens
-    for name, timing in time_in_turn(({"read_only": roof} if roof else {}) | able):
-        error = checked.get(name)
-        if isinstance(timing, str):
-            failed[name] = timing
-            continue
-        if name == "read_only":
-            roof_us = timing.us
-        yield KernelTime(
-            *where, name, timing, about.touched_bytes, roof_us, None, about.operation,
-            error if isinstance(error, float) else None, tolerance,
-        )  # fmt: skip
-    for name, reason in failed.items():
-        yield KernelTime(*where, name, None, about.touched_bytes, roof_us, reason, about.operation)
+    for group in filter(None, (({ROOF: roof} if roof else {}) | ours, others)):
+        checked = {name: _error(calls[0], None if name == ROOF else expected) for name, calls in group.items()}
+        failed = {name: found for name, found in checked.items() if isinstance(found, str)}
+        able = {name: calls for name, calls in group.items() if name not in failed}
+        for name, timing in chain(time_in_turn(able), failed.items()):
+            error = checked[name]
+            if isinstance(timing, str):
+                yield KernelTime(*where, name, None, about.touched_bytes, roof_us, timing, about.operation)
+                continue
+            if name == ROOF:
+                roof_us = timing.us
+            yield KernelTime(
+                *where, name, timing, about.touched_bytes, roof_us, None, about.operation,
+                error if isinstance(error, float) else None, tolerance,
+            )  # fmt: skip
 
 
 def _error(call: Callable[[], object], expected: Tensor | None) -> float | str | None:

@@ -31,7 +31,7 @@ Calls = Sequence[Callable[[], Any]]  # the same work on different weights, one a
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of one call: two medians, with all other providers timed in between. Their gap is the spread to believe in."""
+    """Microseconds of one call: two medians, with those that take turns with it timed in between. Their gap is the spread to believe in."""
 
     first_us: float
     second_us: float

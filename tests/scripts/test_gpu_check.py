@@ -159,6 +159,23 @@ def test_a_later_run_goes_on_where_this_one_ended(tmp_path: Path) -> None:
         Findings(out, DEVICE | {"name": "Another"})
 
 
+def two_and_dies(end_s: float) -> Iterator[Row]:
+    yield from one(end_s)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_that_is_stopped_sooner_loses_no_rows_of_the_one_before(tmp_path: Path) -> None:
+    out = tmp_path / "check.json"
+    kept = []
+    for commit, work in {"longer": two_and_dies, "shorter": dies, "as long": two_and_dies, "whole": one}.items():
+        run_sections([Section("first", work, 30)], Findings(out, DEVICE), commit, end_s=float("inf"))
+        section = json.loads(out.read_text())["sections"]["first"]
+        assert section["rows"] == [{"n": 1}, {"n": 2}]
+        kept.append((section["commit"], section["stopped"]))
+    by_signal = "ended by SIGKILL"
+    assert kept == [("longer", by_signal), ("longer", by_signal), ("as long", by_signal), ("whole", None)]
+
+
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
     out = tmp_path / "check.json"
     command = [sys.executable, "-m", "scripts.gpu_check", "--out", str(out)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from scripts.gpu import timing
+from scripts.gpu.kernel_times import Timed, times_beside_roof
 from scripts.gpu.timing import Round, Timing, n_replays_for, n_rounds_for, time_in_turn
 
 
@@ -35,3 +37,20 @@ def test_providers_take_turns_and_a_failing_one_ends_nobody(monkeypatch: pytest.
         "broken": "RuntimeError: not on this card",
         "peer": Timing(13.0, 15.0, True, 7),
     }
+
+
+def test_what_breaks_the_process_does_not_take_our_times_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks() -> torch.Tensor:
+        raise SystemExit("as good as a crash")
+
+    exact, about = torch.ones(2), Timed("experts", "a model", 1, 8.0)
+    providers = {"peer": [breaks], "ours": [lambda: exact], "ours_wrong": [lambda: 2 * exact]}
+    monkeypatch.setattr(timing, "time_round", lambda calls: Round(10.0, True, 7))
+    monkeypatch.setattr(timing, "spin", lambda: None)
+    times = times_beside_roof(about, [lambda: torch.zeros(3)], providers, exact, 1e-3)
+    found = [next(times) for _ in range(3)]
+    assert [(t.provider, t.error, t.right, t.share_of_roof) for t in found] == [
+        ("read_only", None, None, 1.0), ("ours", 0.0, True, 1.0), ("ours_wrong", 1.0, False, 1.0)
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        next(times)
