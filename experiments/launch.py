@@ -95,7 +95,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, HydraException) and isinstance(cause, GatecastError):
         return str(cause)  # a plug-in's own words about its knobs
     if isinstance(error, MissingConfigException) and error.options:
-        return f"{str(error).splitlines()[0]}; there are {', '.join(error.options)}"
+        return f"there is no {error.missing_cfg_file}; there are {', '.join(error.options)}"
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
         options = (str(name) for name in cause.parent_node if not str(name).startswith(("_", "hydra")))
         return f"{cause.full_key} is not an option; there are {', '.join(options)}"

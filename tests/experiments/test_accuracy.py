@@ -104,14 +104,10 @@ def test_a_sweep_whose_jobs_fail_says_so(tmp_path: Path) -> None:
     assert done.returncode == 1 and "0 finished, 2 failed" in done.stderr
 
 
-# Nothing to judge, or made for models with what the bundled lacks.
-NOT_JUDGED = {"none", "shared_expert_gate", "shipped_pre_gate"}
-
-
-def test_the_default_comparison_has_every_family_that_needs_no_training_first() -> None:
+def test_the_default_comparison_needs_no_training_first() -> None:
     known = {path.stem: OmegaConf.load(path) for path in (REPOSITORY / "conf/predictor").glob("*.yaml")}
     shipped = {path.stem for path in (REPOSITORY / "models/bytes-moe/predictors").glob("*.safetensors")}
     ready = {name for name, cfg in known.items() if "weights" not in cfg or name in shipped}
     labels = OmegaConf.load(REPOSITORY / "conf/accuracy.yaml").predictors
-    assert {label.split()[0] for label in labels} == ready - NOT_JUDGED
+    assert {label.split()[0] for label in labels} <= ready  # not all: a new predictor needs no entry here
     assert [label for label in labels if label.startswith("gate_reuse")][1:] == [f"gate_reuse lookahead={d}" for d in (2, 3, 4)]

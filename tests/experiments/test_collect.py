@@ -173,5 +173,7 @@ def test_damage_is_named(copy: Path) -> None:
     with pytest.raises(RecordingError, match="damaged or not readable"):
         Recording(copy)
     index.unlink()
-    with pytest.raises(RecordingError, match="python -m experiments.collect hydra.run.dir="):
+    with pytest.raises(
+        RecordingError, match="python -m experiments.collect documents=bundled collect.hidden_states=true hydra.run.dir="
+    ):
         Recording(copy)
