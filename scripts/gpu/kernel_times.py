@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -37,6 +36,7 @@ class KernelTime:
     operation: str = "experts"
     error: float | None = None  # relative norm, of the very configuration that is timed
     tolerance: float = MAX_ERROR
+    ours_us: float | None = None  # beside a peer: ours, in turn with it
 
     @property
     def right(self) -> bool | None:
@@ -106,32 +106,56 @@ def times_beside_roof(
     expected: Tensor | None,
     tolerance: float,
 ) -> Iterator[KernelTime]:
-    """Check each provider once against `expected`, then time them in turn: first the roof (where there is one) and ours, then the others,
-    of which one may break the process.
+    """Check each provider once against `expected`, then time them in turn: first the roof (where there is one) and ours, then the peers,
+    of which one may break the process, with ours once more among them.
 
     Args:
         expected: what the first call of those providers returns that return a tensor; None checks nothing.
         tolerance: of the relative norm.
     """
     ours = {name: calls for name, calls in providers.items() if name.startswith("ours")}
-    others = {name: calls for name, calls in providers.items() if name not in ours}
-    roof_us = None
-    where = about.shape, about.n_tokens
-    for group in filter(None, (({ROOF: roof} if roof else {}) | ours, others)):
-        checked = {name: _error(calls[0], None if name == ROOF else expected) for name, calls in group.items()}
-        failed = {name: found for name, found in checked.items() if isinstance(found, str)}
-        able = {name: calls for name, calls in group.items() if name not in failed}
-        for name, timing in chain(time_in_turn(able), failed.items()):
-            error = checked[name]
-            if isinstance(timing, str):
-                yield KernelTime(*where, name, None, about.touched_bytes, roof_us, timing, about.operation)
-                continue
-            if name == ROOF:
-                roof_us = timing.us
-            yield KernelTime(
-                *where, name, timing, about.touched_bytes, roof_us, None, about.operation,
-                error if isinstance(error, float) else None, tolerance,
-            )  # fmt: skip
+    peers = {name: calls for name, calls in providers.items() if name not in ours}
+    alone = dict(_timed_in_turn(({ROOF: roof} if roof else {}) | ours, expected))
+    roof_us = alone[ROOF].us if roof else None
+    for name, outcome in alone.items():
+        yield _row(about, name, outcome, tolerance, roof_us)
+    if not peers:
+        return
+    beside = dict(_timed_in_turn({n: calls for n, calls in ours.items() if n == "ours"} | peers, expected))
+    ours_us = beside.pop("ours").us if "ours" in ours else None
+    for name, outcome in beside.items():
+        yield _row(about, name, outcome, tolerance, roof_us, ours_us)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one provider: its timing, or why there is none."""
+
+    timing: Timing | str
+    error: float | None
+
+    @property
+    def us(self) -> float | None:
+        return None if isinstance(self.timing, str) else self.timing.us
+
+
+def _timed_in_turn(group: Mapping[str, Calls], expected: Tensor | None) -> Iterator[tuple[str, Outcome]]:
+    checked = {name: _error(calls[0], None if name == ROOF else expected) for name, calls in group.items()}
+    for name, timing in time_in_turn({n: calls for n, calls in group.items() if not isinstance(checked[n], str)}):
+        error = checked[name]
+        yield name, Outcome(timing, error if isinstance(error, float) else None)
+    for name, reason in checked.items():
+        if isinstance(reason, str):
+            yield name, Outcome(reason, None)
+
+
+def _row(
+    about: Timed, name: str, outcome: Outcome, tolerance: float, roof_us: float | None, ours_us: float | None = None
+) -> KernelTime:
+    timing, reason = (None, outcome.timing) if isinstance(outcome.timing, str) else (outcome.timing, None)
+    return KernelTime(
+        about.shape, about.n_tokens, name, timing, about.touched_bytes, roof_us, reason, about.operation, outcome.error, tolerance, ours_us
+    )  # fmt: skip
 
 
 def _error(call: Callable[[], object], expected: Tensor | None) -> float | str | None:

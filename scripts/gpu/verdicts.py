@@ -78,7 +78,7 @@ def target_verdicts(found: Found) -> list[Row]:
 
 
 def peer_verdicts(found: Found) -> list[Row]:
-    """Our experts against the best provider of others, where both were timed."""
+    """Our experts against the best provider of others, where both were timed, in turn."""
     by_case: dict[tuple[str, int], dict[str, Row]] = {}
     for time in rows_of(found, "kernels "):
         if time["operation"] == "experts" and time["timing"] is not None and time["provider"] != "read_only":
@@ -88,10 +88,12 @@ def peer_verdicts(found: Found) -> list[Row]:
 
 def _against_best(shape: str, n_tokens: int, times: dict[str, Row]) -> Iterator[Row]:
     peers = {name: us for name, time in times.items() if not name.startswith("ours") and (us := us_of(time)) is not None}
-    us = us_of(times["ours"]) if "ours" in times else None
-    if us is None or not peers:
+    if not peers:
         return
     best = min(peers, key=peers.__getitem__)
+    us = times[best]["ours_us"]
+    if us is None:
+        return
     allowed = 1.0 if n_tokens <= AHEAD_UP_TO_TOKENS else BEHIND_AT_MOST
     yield {
         "shape": shape, "n_tokens": n_tokens, "us": us, "best_peer": best, "best_peer_us": peers[best],

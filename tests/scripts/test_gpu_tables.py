@@ -22,7 +22,7 @@ from scripts.gpu_tables import PAGE, markdown, read_all
 def device(name: str = "NVIDIA H200") -> dict:
     times = [
         KernelTime("Qwen3-30B-A3B", 1, "ours", Timing(21.0, 20.0, True, 50), 75e6, 18.0, error=2e-3),
-        KernelTime("Qwen3-30B-A3B", 1, "torch_loop", Timing(90.0, 80.0, False, 50), 75e6, 18.0),
+        KernelTime("Qwen3-30B-A3B", 1, "torch_loop", Timing(90.0, 80.0, False, 50), 75e6, 18.0, ours_us=20.0),
         KernelTime("Qwen3-30B-A3B", 1, "ours", Timing(5.0, 4.0, True, 50), 1e6, None, None, "router"),
         KernelTime("Qwen3-30B-A3B", 8, "ours", None, 75e6, 18.0, "no room"),
     ]

@@ -54,3 +54,15 @@ def test_what_breaks_the_process_does_not_take_our_times_along(monkeypatch: pyte
     ]  # fmt: skip
     with pytest.raises(SystemExit):
         next(times)
+
+
+def test_a_peer_stands_beside_ours_as_it_was_in_turn_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, about = torch.ones(2), Timed("experts", "a model", 1, 8.0)
+    clock = iter(range(10, 100))
+    monkeypatch.setattr(timing, "time_round", lambda calls: Round(float(next(clock)), True, 7))
+    monkeypatch.setattr(timing, "spin", lambda: None)
+    providers = {"ours": [lambda: exact], "ours_decode": [lambda: exact], "peer": [lambda: exact], "unable": [lambda: 1 / 0]}
+    times = list(times_beside_roof(about, [], providers, exact, 1e-3))
+    assert [(t.provider, t.timing and t.timing.us, t.ours_us) for t in times] == [
+        ("ours", 10.0, None), ("ours_decode", 11.0, None), ("peer", 15.0, 14.0), ("unable", None, 14.0)
+    ]  # fmt: skip
