@@ -25,9 +25,8 @@ from kernels.launch import check_at_most, check_tensor
 from prefetch.errors import CapacityError
 
 MAX_SLOTS = 8_192  # all of them are in one program's registers
-OLDEST = (
-    MAX_SLOTS - 2**31
-)  # members untouched for longer than this many touches of others count as equally old, in order of slots
+# Members untouched for longer than this many touches of others count as equally old, in order of slots.
+OLDEST = MAX_SLOTS - 2**31
 STORED_IN = 16  # slots whose books are read and written together
 MAX_KEYS = 2**27  # beside its key, a word of the kernel has 4 bits for the segment
 

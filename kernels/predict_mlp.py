@@ -300,9 +300,8 @@ def _predict_kernel(  # type: ignore[no-untyped-def]
     known = ((expert >= 0) & (expert < n_experts))[:, None] & (row < N_WIDTH)[None, :]
     added = tl.load(routing_ptrs, mask=known, other=0).to(tl.float32)
     by_weight = tl.load(routing_ptrs + n_experts * N_WIDTH, mask=known, other=0).to(tl.float32)
-    entry_bias = tl.load(
-        entry_bias_ptr + row, mask=row < n_rows, other=0
-    )  # all of this before the loop: it need not be waited for
+    entry_bias = tl.load(entry_bias_ptr + row, mask=row < n_rows, other=0)
+    # All of that before the loop: it need not be waited for.
     products = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, HIDDEN, COLUMNS):
         inside = first + column < HIDDEN

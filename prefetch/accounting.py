@@ -157,9 +157,8 @@ def _phase(record: RunRecord, phase: str, link_bytes_per_s: float | None) -> dic
     transfers = record.transfers[in_phase & ~is_preload(record.transfers)]
     n_tokens = int(forwards["n_tokens"].sum())
     wall_s = _wall_s(record.forwards, phase)
-    seconds = {
-        part: float(calls[f"{part}_s"].sum(skipna=False)) for part in CALL_PARTS
-    }  # NaN: a device-driven run's are not known
+    # Not known, and so NaN, in a device-driven run.
+    seconds = {part: float(calls[f"{part}_s"].sum(skipna=False)) for part in CALL_PARTS}
     seconds["dense"] = wall_s - float(calls["total_s"].sum(skipna=False))
     needed = calls["needed"].sum()
     n_bytes = {outcome: n for outcome, n in _bytes_by_outcome(transfers).items() if outcome != PRELOAD}

@@ -37,9 +37,7 @@ class Noted:
     topk_ids: Tensor
     topk_weights: Tensor
     predictions: list[Prediction] = field(default_factory=list)
-    slots: list[Tensor] = field(
-        default_factory=list
-    )  # int32 [E] for each prediction: which slots held its layer's experts then
+    slots: list[Tensor] = field(default_factory=list)  # int32 [E] each: which slots held the predicted layer's experts then
     plan: CachePlan | None = None
 
 

@@ -21,9 +21,8 @@ from scripts.gpu.generated_routing import Ids, RoutingStatistics, generated_rout
 N_DISTINCT = 512  # rows in pinned memory, which the experts share: the link does not notice
 N_PACKED = 8  # of them are made one by one, the others are copies
 LARGE_GUESSES = 2
-SLOTS_STEP = (
-    64  # slots are a multiple of it: kernels are compiled for multiples of 16, and the parts of a cache are such then as well
-)
+# Slots are a multiple of it: kernels are compiled for multiples of 16, and the parts of a cache are such then as well.
+SLOTS_STEP = 64
 RECALL = {"gate_reuse": 0.734, "oracle": 1.0}  # of the model's top-k; gate reuse's on the bundled model, docs/predictors.md
 
 

@@ -11,9 +11,8 @@ from prefetch.errors import ResultsError
 from scripts.gpu.forked import Row
 from scripts.gpu.verdicts import judge
 
-Found = dict[
-    str, Any
-]  # "device": facts; "sections": name -> {"rows", "commit", "seconds", "stopped"}; "skipped": name -> reason
+# "device": facts; "sections": name -> {"rows", "commit", "seconds", "stopped"}; "skipped": name -> reason
+Found = dict[str, Any]
 
 
 class Findings:

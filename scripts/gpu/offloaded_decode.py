@@ -92,9 +92,8 @@ def rehearse_decode(setting: Setting) -> None:
     slots = torch.empty(n_slots, geometry.expert.row_bytes, dtype=torch.uint8, device=device)
     entries = torch.empty(moe.n_layers, moe.n_experts, dtype=torch.int64, device=device)
     ids, weights = torch.empty(1, moe.top_k, dtype=torch.int64, device=device), torch.empty(1, moe.top_k, device=device)
-    call = MoECall(
-        scene.model.x, ids, weights, expert_table(geometry.expert, (slots,), entries), 0
-    )  # as the host's compute does
+    table = expert_table(geometry.expert, (slots,), entries)  # by address, as the host's compute has it
+    call = MoECall(scene.model.x, ids, weights, table, 0)
     computed_in_parts(call, [range(3)])
 
 
