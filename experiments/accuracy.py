@@ -19,10 +19,11 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
+from rich.console import Console
 
 from experiments import launch
 from experiments.accuracy_plots import draw
-from experiments.accuracy_tables import Tables, as_markdown, tables_of
+from experiments.accuracy_tables import Tables, as_markdown, for_terminal, tables_of
 from experiments.arm import preload_order
 from experiments.atomic import write_json, write_text
 from experiments.config import ModelConfig, TrackingConfig, check_predictor, compose_policy, repository_path
@@ -144,8 +145,7 @@ def _write(cfg: DictConfig, tables: Tables, found: dict[str, Findings], top_k: i
     folder.mkdir(parents=True, exist_ok=True)
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
-    text = as_markdown(tables, top_k, list(cfg.caches))
-    write_text(folder / "accuracy.md", text)
+    write_text(folder / "accuracy.md", as_markdown(tables, top_k, list(cfg.caches)))
     curves = {(label, split): curve for label, f in found.items() for split, curve in f.curves.items()}
     images = draw(tables, curves, top_k, folder)
     tracker = Tracker(cfg.tracking.mode, cfg.tracking.project)
@@ -158,8 +158,8 @@ def _write(cfg: DictConfig, tables: Tables, found: dict[str, Findings], top_k: i
     tracker.finish()
     contents = {name: _records(table) for name, table in tables.named().items()}
     write_json(folder / "accuracy.json", {"config": config, "provenance": provenance(cfg.seed), **contents})
-    launch.say(text)
-    launch.say(f"results: {folder}")
+    Console().print(for_terminal(tables, top_k, list(cfg.caches)))
+    launch.say(f"results: {folder}; all columns: accuracy.md there")
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, object]]:

@@ -1,15 +1,27 @@
-"""The tables of a judgement: all predictors together, per layer, gains over a reference, costs; as frames and as Markdown."""
+"""The tables of a judgement: all predictors together, per layer, gains over a reference, costs; as frames, Markdown and for a screen."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from rich import box
+from rich.console import Group
+from rich.table import Table
 
 from experiments.findings import Findings
 from experiments.intervals import GROUP, intervals, paired_gains
 from predictors.evaluation import quality
+
+ON_SCREEN = (
+    "recall",
+    "interval",
+    "recall_gain",
+    "exact_set",
+    "weight_mass",
+)  # beside names, costs and the first cache's cold recall
 
 
 @dataclass
@@ -58,6 +70,29 @@ def family_of(label: str) -> str:
 
 def as_markdown(tables: Tables, top_k: int, caches: list[str]) -> str:
     """The comparison: a table per split and phase, then costs. Intervals are 95 %, by bootstrap over documents."""
+    return "\n".join(f"**{view.title}**\n\n{_markdown(view)}" for view in _views(tables, top_k, caches))
+
+
+def for_terminal(tables: Tables, top_k: int, caches: list[str]) -> Group:
+    """The same with the columns that most ask for, so that they fit."""
+    kept = {"predictor", "lookahead", *ON_SCREEN, f"cold_recall_{caches[0]}", *tables.cost.columns}
+    return Group(*(_rich(view.narrowed(kept)) for view in _views(tables, top_k, caches)))
+
+
+@dataclass(frozen=True)
+class View:
+    """A table as people read it."""
+
+    title: str
+    table: pd.DataFrame
+    columns: dict[str, tuple[str, str]]  # column -> its heading and how its numbers are written, "" for text
+
+    def narrowed(self, kept: Collection[str]) -> View:
+        """Only the columns of `kept`."""
+        return replace(self, columns={name: self.columns[name] for name in self.columns if name in kept})
+
+
+def _views(tables: Tables, top_k: int, caches: list[str]) -> Iterator[View]:
     percent = "{:.1%}"
     columns = {
         "predictor": ("predictor", ""),
@@ -76,9 +111,8 @@ def as_markdown(tables: Tables, top_k: int, caches: list[str]) -> str:
     }
     ends = [_range(low, high) for low, high in tables.accuracy[["recall_low", "recall_high"]].to_numpy()]
     table = tables.accuracy.assign(interval=ends).merge(tables.gain[[*GROUP, "recall_gain"]], on=GROUP, how="left")
-    parts = []
     for (split, phase), rows in table.groupby(["split", "phase"], sort=False):
-        parts += [f"**{split}, {phase}**, {int(rows['n_documents'].max())} documents\n", _markdown(rows, columns)]
+        yield View(f"{split}, {phase}, {int(rows['n_documents'].max())} documents", rows, columns)
     numbers = {
         "predictor": ("predictor", ""),
         "parameters": ("parameters", "{:,}"),
@@ -86,7 +120,7 @@ def as_markdown(tables: Tables, top_k: int, caches: list[str]) -> str:
         "call_us": ("µs, median", "{:.0f}"),
         "call_us_p95": ("µs, p95", "{:.0f}"),
     }
-    return "\n".join([*parts, "**Cost** of a layer call with one token\n", _markdown(tables.cost, numbers)])
+    yield View("Cost of a layer call with one token", tables.cost, numbers)
 
 
 def _accuracy(counts: dict[str, pd.DataFrame], found: dict[str, Findings], n_samples: int, seed: int) -> pd.DataFrame:
@@ -114,12 +148,23 @@ def _range(low: float, high: float) -> str:
     return "–" if np.isnan(low) else f"{100 * low:.1f}–{100 * high:.1f}"
 
 
-def _markdown(table: pd.DataFrame, columns: dict[str, tuple[str, str]]) -> str:
-    """`columns`: column -> its heading and how its numbers are written, "" for text."""
-    lines = [[heading for heading, _ in columns.values()], ["---:" if form else "---" for _, form in columns.values()]]
-    for row in table.to_dict("records"):
-        lines.append([_cell(row[column], form) for column, (_, form) in columns.items()])
+def _markdown(view: View) -> str:
+    headings, forms = zip(*view.columns.values(), strict=True)
+    lines = [headings, ["---:" if form else "---" for form in forms], *_cells(view)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _rich(view: View) -> Table:
+    table = Table(title=view.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for heading, form in view.columns.values():
+        table.add_column(heading, justify="right" if form else "left", no_wrap=not form, overflow="fold")
+    for line in _cells(view):
+        table.add_row(*line)
+    return table
+
+
+def _cells(view: View) -> list[list[str]]:
+    return [[_cell(row[column], form) for column, (_, form) in view.columns.items()] for row in view.table.to_dict("records")]
 
 
 def _cell(value: object, form: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Qwen3MoeForCausalLM
 
+from experiments.progress import progress_bar
 from kernels.quantised import QuantFormat, dequantise, quantise
 from scripts.bundled_corpus import split_library
 from scripts.bundled_evaluation import WINDOW, windows_of
@@ -51,8 +52,9 @@ class Quality:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, default=64, help=f"how many windows of {WINDOW} bytes to score")
+    n_windows = parser.parse_args().windows
     model = Qwen3MoeForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
-    Console().print(table(compare(model, held_out_windows(parser.parse_args().windows))))
+    Console().print(table(compare(model, held_out_windows(n_windows))))
 
 
 def held_out_windows(n_windows: int) -> Tensor:
@@ -64,26 +66,30 @@ def held_out_windows(n_windows: int) -> Tensor:
 
 def compare(model: Qwen3MoeForCausalLM, windows: Tensor) -> list[Quality]:
     """The model as it is, then with every format; the model's weights are back in place afterwards."""
-    plain = observe(model, windows)
-    found = [Quality("unquantised", 16, 0, plain.bits_per_byte, 1)]
-    for how in FORMATS:
-        with quantised_experts(model, how) as weight_error:
-            seen = observe(model, windows)
-        kept = (plain.topk_ids[..., :, None] == seen.topk_ids[..., None, :]).any(-1).float().mean()
-        found.append(Quality(str(how), _bits_per_weight(model, how), weight_error, seen.bits_per_byte, float(kept)))
+    with progress_bar("scoring", (1 + len(FORMATS)) * len(windows)) as advance:
+        plain = observe(model, windows, advance)
+        found = [Quality("unquantised", 16, 0, plain.bits_per_byte, 1)]
+        for how in FORMATS:
+            with quantised_experts(model, how) as weight_error:
+                seen = observe(model, windows, advance)
+            kept = (plain.topk_ids[..., :, None] == seen.topk_ids[..., None, :]).any(-1).float().mean()
+            found.append(Quality(str(how), _bits_per_weight(model, how), weight_error, seen.bits_per_byte, float(kept)))
     return found
 
 
 @torch.inference_mode()
-def observe(model: Qwen3MoeForCausalLM, windows: Tensor) -> Observed:
-    """Score windows [n, S + 1] one at a time."""
+def observe(model: Qwen3MoeForCausalLM, windows: Tensor, advance: Callable[[], None]) -> Observed:
+    """Score windows [n, S + 1] one at a time, with an `advance` after each."""
     routed: list[list[Tensor]] = [[] for _ in model.model.layers]
     hooks = [
         layer.mlp.gate.register_forward_hook(lambda _m, _a, out, seen=seen: seen.append(out[2]))
         for layer, seen in zip(model.model.layers, routed, strict=True)
     ]
     try:
-        logits = [model(input_ids=window[None, :-1], use_cache=False).logits[0] for window in windows]
+        logits = []
+        for window in windows:
+            logits.append(model(input_ids=window[None, :-1], use_cache=False).logits[0])
+            advance()
     finally:
         for hook in hooks:
             hook.remove()
