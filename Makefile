@@ -6,12 +6,12 @@ STAMP  := $(VENV)/.installed
 
 .PHONY: help venv demo test lint bench bench-kernels compile-kernels results clean
 help:
-	@echo "make demo             decode with offloaded experts and compare predictors (two to three minutes)"
+	@echo "make demo             decode with offloaded experts and compare predictors (two to seven minutes)"
 	@echo "make test             all tests"
 	@echo "make bench            exactness, resident speed, transfers, overhead (minutes, on a quiet machine)"
 	@echo "make bench-kernels    the experts' CPU path against transformers' own (minutes, on a quiet machine)"
 	@echo "make compile-kernels  compile every Triton kernel, no GPU needed; writes docs/kernels_compiled.csv"
-	@echo "make results          the figures of README and docs/results.md (20 minutes, on a quiet machine)"
+	@echo "make results          the figures of README and docs/results.md (20 to 40 minutes, on a quiet machine)"
 	@echo "make lint             ruff and mypy"
 	@echo "make venv             set up $(VENV) only; the others do it when needed"
 	@echo "make clean            remove $(VENV), packed experts and outputs"

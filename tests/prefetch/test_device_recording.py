@@ -20,7 +20,7 @@ from prefetch.geometry import ExpertKey
 from tests.prefetch.offloaded import PROMPTS, Setting, decode, offloaded, plain
 from tests.prefetch.test_device_runtime import device_driven
 
-NEW_TOKENS, CAPACITY = 5, 8
+NEW_TOKENS, CAPACITY = 4, 8
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def pack_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("packs")
 
 
-@pytest.fixture(scope="module", params=[None, 1, 2], ids=["no predictor", "gate reuse", "two ahead"])
+@pytest.fixture(scope="module", params=[None, 2], ids=["no predictor", "gate reuse, two ahead"])
 def lookahead(request: pytest.FixtureRequest) -> int | None:
     return request.param
 
