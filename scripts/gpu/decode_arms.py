@@ -246,7 +246,7 @@ class HostArm(Arm):
     def tally(self) -> Tally:
         assert self.runtime is not None, "restart comes first"
         self.scene.machine.wait()
-        record = self.runtime.recorder.record(self.runtime.tier.records)
+        record = self.runtime.record()
         calls = record.calls
         return (
             int(calls["needed"].sum()),

@@ -90,7 +90,7 @@ def test_live_it_speaks_before_its_layer_routes_and_the_books_balance(tiny_qwen3
         for hook in hooks:
             hook.remove()
         runtime.finish()
-        trace, record = runtime.recorder.trace({}), runtime.recorder.record(runtime.tier.records)
+        trace, record = runtime.recorder.trace({}), runtime.record()
     n_layers = trace.n_layers
     assert [seen.layer for seen, _ in predictor.shown] == list(range(n_layers)) * (len(predictor.shown) // n_layers)
     assert all(torch.equal(seen.pre_attention, state) for (seen, _), state in zip(predictor.shown, normed, strict=True))

@@ -61,7 +61,7 @@ def test_logits_have_the_same_bits_whatever_the_parts(
     with offloaded(gpt_oss, packs, SETTINGS[name]()) as (model, runtime):
         _, logits = decode(model)
         runtime.finish()
-        record = runtime.recorder.record(runtime.tier.records)
+        record = runtime.record()
     assert torch.equal(logits, resident_logits)
     assert violations(record) == []
 
@@ -73,7 +73,7 @@ def test_kernels_decode_like_transformers(name: str, gpt_oss: Path, packs: Path,
     setting.driver = StandInDriver(tmp_path)
     with offloaded(gpt_oss, packs, setting) as (model, runtime):
         tokens, logits = decode(model, [SHORT], 4)
-        calls = runtime.recorder.record(runtime.tier.records).calls
+        calls = runtime.record().calls
     assert (calls["in_place"].sum() > 0) == (name != "from slots")
     assert torch.equal(tokens, expected_tokens)
     torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-4)
@@ -97,7 +97,7 @@ def test_biases_come_to_the_cpu_once_a_layer(
         monkeypatch.setattr(ExpertForm, "to", moved)
         monkeypatch.setattr(ExpertForm, "mlp", computed)
         decode(model, [SHORT], 4)
-        calls = runtime.recorder.record(runtime.tier.records).calls
+        calls = runtime.record().calls
     assert (calls["in_place"] > 0).sum() > len(on_host) == runtime.geometry.n_layers
 
 

@@ -44,7 +44,7 @@ def test_tokens_equal_unmodified_transformers(folder: Path, tmp_path: Path) -> N
     with offloaded(folder, tmp_path, Setting(n_slots=6, predictor=witness)) as (model, runtime):
         tokens, logits = decode(model)
         runtime.finish()
-        record = runtime.recorder.record(runtime.tier.records)
+        record = runtime.record()
     assert torch.equal(tokens, expected_tokens)
     torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=1e-4)
     assert violations(record) == []

@@ -70,7 +70,7 @@ def test_logits_have_the_same_bits_whatever_the_parts(
     with offloaded(tiny_qwen3, pack_dir, setting) as (model, runtime):
         _, logits = decode(model, PROMPT, NEW_TOKENS)
         runtime.finish()
-        record = runtime.recorder.record(runtime.tier.records)
+        record = runtime.record()
     assert torch.equal(logits, resident_logits)
     assert violations(record, moved_bytes=driver.read("n_copied")) == []
     assert (record.calls["in_place"].sum() > 0) == ("zero-copy" in name)
@@ -83,7 +83,7 @@ def test_experts_that_the_cpu_computes_are_added_on_the_device(
     with offloaded(tiny_qwen3, pack_dir, setting) as (model, runtime):
         tokens, logits = decode(model, PROMPT, NEW_TOKENS)
         runtime.finish()
-        record = runtime.recorder.record(runtime.tier.records)
+        record = runtime.record()
     assert torch.equal(tokens, resident_logits.argmax(-1))
     torch.testing.assert_close(logits, resident_logits, rtol=1e-5, atol=1e-5)
     assert record.calls["in_place"].sum() > 0 and violations(record) == []
@@ -179,7 +179,7 @@ def test_hits_are_one_upload_and_all_that_is_awaited_another(tiny_qwen3: Path, p
         asked = watched(runtime)
         decode(model, PROMPT, NEW_TOKENS)
         runtime.finish()
-        calls = runtime.recorder.record(runtime.tier.records).calls
+        calls = runtime.record().calls
     decoded = calls[calls["phase"] == "decode"]
     n_uploads = (decoded["hits"] > 0).sum() + (decoded["misses"] > 0).sum()
     assert decoded["misses"].max() > 1
@@ -196,7 +196,7 @@ def test_experts_in_place_are_one_part_and_the_host_waits_before_the_hits(
         asked = watched(runtime)
         decode(model, PROMPT, NEW_TOKENS)
         runtime.finish()
-        calls = runtime.recorder.record(runtime.tier.records).calls
+        calls = runtime.record().calls
     n_on_cpu = 0 if zero_copy else int((calls["in_place"] > 0).sum())
     assert calls["in_place"].max() > 1 and asked.count("fetch") == len(calls) + n_on_cpu
     assert asked.count("send") <= int((calls["hits"] > 0).sum() + (calls["late"] > 0).sum() + (calls["misses"] > 0).sum())

@@ -147,7 +147,7 @@ def test_a_draft_out_of_it_is_trained_and_named_live(folder: Path, tmp_path: Pat
     with offloaded(folder, tmp_path, Setting(predictor=draft)) as (model, runtime):
         tokens, _ = decode(model)
         runtime.finish()
-        record = runtime.recorder.record(runtime.tier.records)
+        record = runtime.record()
     assert torch.equal(tokens, expected_tokens)
     assert violations(record) == []
     assert (record.transfers["kind"] == "prefetch").any()

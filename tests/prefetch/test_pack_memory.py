@@ -66,7 +66,7 @@ model = load_offloaded(folder, torch.bfloat16)
 with attach(model, runtime):
     tokens = model.generate(torch.tensor([[1, 2, 3]]), attention_mask=torch.ones(1, 3), max_new_tokens=6, do_sample=False)
 transfers.close()
-calls = runtime.recorder.record(tier.records).calls
+calls = runtime.record().calls
 assert calls["needed"].sum() >= 6 * store.geometry.n_layers * 2 and calls["misses"].sum() > 0
 print(limit, status_bytes("VmHWM"), *tokens[0].tolist())  # unlike ru_maxrss, VmHWM does not begin at the parent's size
 """

@@ -91,7 +91,7 @@ def test_routed_live_every_prefetch_is_right(level: int, gated: Callable[[int, s
     with offloaded(folder, tmp_path / "pack", Setting(predictor=ShippedPreGate(), n_slots=12, staging=4)) as (model, runtime):
         tokens, logits = decode(model)
         runtime.finish()
-        record = runtime.recorder.record(runtime.tier.records)
+        record = runtime.record()
     assert torch.equal(tokens, expected[0])
     torch.testing.assert_close(logits, expected[1], rtol=1e-4, atol=1e-4)
     trace = runtime.recorder.trace({})

@@ -55,7 +55,7 @@ def cold_logits(tiny_qwen3: Path, pack_dir: Path) -> torch.Tensor:
 
 def finished(runtime: OffloadRuntime) -> RunRecord:
     runtime.finish()
-    return runtime.recorder.record(runtime.tier.records)
+    return runtime.record()
 
 
 @pytest.mark.parametrize("name", SETTINGS)

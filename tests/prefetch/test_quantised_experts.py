@@ -144,7 +144,7 @@ def test_tokens_equal_the_quantised_model_fully_resident(how: QuantFormat, check
         with offloaded(checkpoint, packs, setting) as (model, runtime):
             tokens, logits = decode(model, new_tokens=12)
             runtime.finish()
-            record = runtime.recorder.record(runtime.tier.records)
+            record = runtime.record()
         assert violations(record) == []
         completed = record.transfers[record.transfers["outcome"] != "cancelled"]
         assert (completed["n_bytes"] == runtime.geometry.expert.row_bytes).all()
@@ -165,7 +165,7 @@ def test_kernels_read_the_codes_of_the_same_slots(tmp_path: Path) -> None:
     setting = Setting(predictor=GateReuse(), planner=planner, driver=StandInDriver(tmp_path), how=INT4, zero_copy=True)
     with offloaded(checkpoint, tmp_path, setting) as (model, runtime):
         tokens, logits = decode(model, prompt, 3)
-        calls = runtime.recorder.record(runtime.tier.records).calls
+        calls = runtime.record().calls
     assert calls["in_place"].sum() > 0 and calls["hits"].sum() > 0
     assert torch.equal(tokens, expected_tokens)
     torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-4)

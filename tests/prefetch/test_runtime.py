@@ -76,7 +76,7 @@ def test_logits_have_the_same_bits_whatever_the_parts(
     with offloaded(tiny_qwen3, pack_dir, SETTINGS[name]()) as (model, runtime):
         _, logits = decode(model)
         runtime.finish()
-        record = runtime.recorder.record(runtime.tier.records)
+        record = runtime.record()
     assert torch.equal(logits, resident_logits)
     assert violations(record) == []
     assert runtime.tier.pool.n_free + len(runtime.tier.slots) == runtime.tier.pool.n_slots
@@ -98,7 +98,7 @@ def test_batches_decode_like_transformers(tiny_qwen3: Path, pack_dir: Path) -> N
     with offloaded(tiny_qwen3, pack_dir, Setting(predictor=GateReuse())) as (model, runtime):
         tokens, _ = decode(model, batch)
         runtime.finish()
-        record = runtime.recorder.record(runtime.tier.records)
+        record = runtime.record()
     assert torch.equal(tokens, expected_tokens)
     assert violations(record) == []
     assert set(record.forwards["n_tokens"]) == {3 * 12, 3}
@@ -121,7 +121,7 @@ def test_prefetches_that_are_only_considered_move_nothing_and_are_judged(tiny_qw
     with offloaded(tiny_qwen3, pack_dir, Setting(predictor=GateReuse(), planner=planner)) as (model, runtime):
         decode(model)
         runtime.finish()
-        trace, record = runtime.recorder.trace({}), runtime.recorder.record(runtime.tier.records)
+        trace, record = runtime.recorder.trace({}), runtime.record()
     assert set(record.transfers["outcome"]) == {"demand"}
     recall = quality(count_guesses(trace)).set_index("phase").loc["decode", "recall"]
     assert 0 < runtime.tier.useful_share < 1 and recall < 1, "some guesses were right, some wrong"
@@ -148,7 +148,7 @@ def test_cache_history_depends_on_the_routing_alone(name: str, tiny_qwen3: Path,
         decode(model)
         runtime.finish()
         live = list(runtime.tier.policy)
-        record = runtime.recorder.record(runtime.tier.records)
+        record = runtime.record()
         events = runtime.recorder.trace({}).routing_events()
     fresh = type(runtime.tier.policy)(runtime.tier.policy.capacity)
     counts = replay_hits(fresh, events)
@@ -168,7 +168,7 @@ def test_oracle_finds_every_expert_it_was_told_of(tiny_qwen3: Path, pack_dir: Pa
     with offloaded(tiny_qwen3, pack_dir, Setting(n_slots=14, staging=6, predictor=oracle)) as (model, runtime):
         decode(model)
         runtime.finish()
-        record = runtime.recorder.record(runtime.tier.records)
+        record = runtime.record()
         replayed = runtime.recorder.trace({})
     assert np.array_equal(replayed.topk_ids, trace.topk_ids)
     assert "wasted" not in set(record.transfers["outcome"])
