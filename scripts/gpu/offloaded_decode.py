@@ -26,8 +26,9 @@ from prefetch.geometry import ExpertKey
 from prefetch.slots import SlotPool
 from prefetch.transfers.pinned import PinnedSource, SlotFences
 from prefetch.transfers.threads import ThreadTransfers
-from scripts.gpu.decode_arms import N_THREADS, Arm, DeviceArm, GeneratedSource, HostArm, ResidentArm, Tally, kinds
+from scripts.gpu.decode_arms import N_THREADS, Arm, DeviceArm, GeneratedSource, HostArm, Kind, ResidentArm, Tally, kinds
 from scripts.gpu.decode_scene import Machine, Scene, Setting
+from scripts.gpu.forked import first_line
 from scripts.gpu.parts import computed_in_parts
 
 CHUNK_BYTES = 2 << 20
@@ -59,7 +60,8 @@ class ArmSpeed:
 
 
 def decode_speeds(machine: Machine, setting: Setting, end_s: float = math.inf) -> Iterator[ArmSpeed]:
-    """Every arm of one comparison: the bound, then device-driven ones interleaved, then host-driven ones.
+    """Every arm of one comparison: the bound, then device-driven ones interleaved, then host-driven ones. What needs a graph and cannot be
+    captured is told as not measured, and does not take the others along.
 
     Args:
         end_s: time.monotonic() seconds after which no further repeat is begun.
@@ -98,7 +100,10 @@ def rehearse_decode(setting: Setting) -> None:
 
 
 def _device_driven(scene: Scene, n_slots: int, mapped_rows: int, end_s: float) -> list[ArmSpeed]:
-    return _measured(scene, _device_arms(scene, n_slots, mapped_rows), end_s)
+    try:
+        return _measured(scene, _device_arms(scene, n_slots, mapped_rows), end_s)
+    except Exception as failure:  # whatever a capture raises
+        return [_not_measured(scene, "device", kind, n_slots, first_line(failure)) for kind in kinds(scene, n_slots)]
 
 
 def _device_arms(scene: Scene, n_slots: int, mapped_rows: int) -> list[DeviceArm]:
@@ -126,9 +131,15 @@ def _resident(scene: Scene, end_s: float) -> ArmSpeed:
         free_bytes, _ = torch.cuda.mem_get_info()
         if geometry.total_bytes > 0.95 * free_bytes:
             reason = f"all experts take {geometry.total_bytes / 1e9:.0f} GB, {free_bytes / 1e9:.0f} GB are free"
-            kind = ResidentArm.kind
-            return ArmSpeed(*_labels(scene), "nobody", kind.name, kind.policy, geometry.n_total, skipped=reason)
-    return _measured(scene, [ResidentArm(scene)], end_s)[0]
+            return _not_measured(scene, "nobody", ResidentArm.kind, geometry.n_total, reason)
+    try:
+        return _measured(scene, [ResidentArm(scene)], end_s)[0]
+    except Exception as failure:  # as above
+        return _not_measured(scene, "nobody", ResidentArm.kind, geometry.n_total, first_line(failure))
+
+
+def _not_measured(scene: Scene, driven_by: str, kind: Kind, n_slots: int, reason: str) -> ArmSpeed:
+    return ArmSpeed(*_labels(scene), driven_by, kind.name, kind.policy, n_slots, skipped=reason)
 
 
 def _measured(scene: Scene, arms: Sequence[Arm], end_s: float) -> list[ArmSpeed]:

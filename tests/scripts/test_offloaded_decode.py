@@ -70,6 +70,21 @@ def test_all_arms_decode_the_same_tokens_and_count_alike(
     assert programs(launched) <= programs(rehearsed)
 
 
+def test_a_capture_that_fails_takes_no_host_driven_arm_along(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Machine, step: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(decode_scene, "N_DISTINCT", 12)
+    monkeypatch.setattr(decode_scene, "N_PACKED", 4)
+    monkeypatch.setattr(Machine, "captured", refused)
+    found = list(decode_speeds(machine, toy(None, 12)))
+    by_driver = {by: [speed for speed in found if speed.driven_by == by] for by in ("nobody", "device", "host")}
+    assert [len(speeds) for speeds in by_driver.values()] == [1, 4, 4]
+    said = "RuntimeError: operation not permitted when stream is capturing"
+    assert all(speed.skipped == said and speed.tokens_per_s is None for by in ("nobody", "device") for speed in by_driver[by])
+    assert all(speed.skipped is None and speed.tokens_per_s for speed in by_driver["host"])
+
+
 def test_a_card_that_is_too_small_is_refused(machine: Machine) -> None:
     with pytest.raises(CapacityError, match="leave 3 slots beside the model"):
         Scene.make(machine, toy(None, 3)).n_slots()
