@@ -91,7 +91,7 @@ def _empty_kernel():  # type: ignore[no-untyped-def]
 
 def _warm_up(parts: Sequence[str]) -> None:
     """Do once in a worker what each of its children would do again: import the code generator, hash all of Triton, ask ptxas
-    for its version. That is longer than a case takes to compile."""
+    for its version. That takes as long as a small case."""
     for part in parts:
         triton.compile(ASTSource(fn=_empty_kernel, signature={}), target=PARTS[part].target)
 
