@@ -211,13 +211,15 @@ def _check_backend(cfg: DictConfig) -> None:
 
 def _check_driven_by_device(cfg: DictConfig) -> None:
     """Its books are kernels: what they do not know is refused, not left out in silence."""
-    cache, planner, predictor = cfg.cache, cfg.planner._target_, get_class(cfg.predictor._target_)
+    from prefetch.device_runtime import asks_host  # brings Triton, which other runs do without
+
+    cache, planner = cfg.cache, cfg.planner._target_
     if cache._target_ not in ON_DEVICE:
         raise ConfigError(f"backend.driven_by=device, but cache._target_={cache._target_}: choose cache=lru or cache=slru")
     for knob, right in ON_DEVICE[cache._target_].items():
         if cache[knob] != right:
             raise ConfigError(f"backend.driven_by=device, but cache.{knob}={cache[knob]}: it can only be {str(right).lower()}")
-    if predictor.before_attention or not (predictor.on_device or predictor.__name__ == "NoPredictor"):
+    if asks_host(get_class(cfg.predictor._target_)):
         raise ConfigError(
             f"backend.driven_by=device, but predictor._target_={cfg.predictor._target_} asks the host: choose one that computes on the "
             "device after the router, such as gate_reuse, or none"

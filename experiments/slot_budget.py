@@ -32,8 +32,7 @@ def slot_budget(cfg: DictConfig, geometry: MoEGeometry) -> SlotBudget:
     Raises:
         CapacityError: too few slots for one token's experts, or for the cache beside staging; or more than a device's planner knows.
     """
-    policy_class = cfg.cache._target_
-    if policy_class == f"{Resident.__module__}.{Resident.__name__}":
+    if is_kind(cfg.cache, Resident):
         return SlotBudget(geometry.n_total, geometry.n_total, 0, 0)
     n_slots = parse_slots(cfg.cache.slots, geometry)
     if n_slots < geometry.top_k:

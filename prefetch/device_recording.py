@@ -8,7 +8,7 @@ routes without it; and both must agree with the counters that the planner keeps.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,14 +31,16 @@ NOT_KNOWN = CallTimer(math.nan, math.nan, math.nan, math.nan)
 
 @dataclass
 class Noted:
-    """One layer call, in the device's tensors until they are fetched. `plan` is None where its experts were read in place."""
+    """One layer call, in the device's tensors until they are fetched."""
 
     layer: int
     topk_ids: Tensor
     topk_weights: Tensor
     predictions: list[Prediction] = field(default_factory=list)
     slots: list[Tensor] = field(default_factory=list)  # int32 [E] each: which slots held the predicted layer's experts then
-    plan: CachePlan | None = None
+    copies: list[Tensor] = field(
+        default_factory=list
+    )  # the plan's keys, slots and bounds; none where experts were read in place
 
 
 class KernelCopy(Transfer):
@@ -92,17 +94,16 @@ class RecordedDeviceRuntime(DeviceRuntime):
         Raises:
             TransferError: the device counted other than the copies tell, or a kernel computed without an expert.
         """
+        counted, outcomes = self.counts(), Counter(record.outcome for record in self.copies)
+        told = {
+            "misses": outcomes["demand"],
+            "useful": outcomes["useful"],
+            "wasted": outcomes["wasted"],
+            "prefetches": outcomes["useful"] + outcomes["wasted"] + len(self.staged),
+        }
         for record in self.staged.values():
             record.outcome = "wasted"
-        counted, outcomes = self.counts(), [record.outcome for record in self.copies]
-        n_staged = len(self.staged)
         self.staged.clear()
-        told = {
-            "misses": outcomes.count("demand"),
-            "useful": outcomes.count("useful"),
-            "wasted": outcomes.count("wasted") - n_staged,
-            "prefetches": outcomes.count("useful") + outcomes.count("wasted"),
-        }
         wrong = {name: (counted[name], n) for name, n in told.items() if counted[name] != n}
         if wrong:
             raise TransferError(f"the device's books do not balance: (counted, copied) = {wrong}: please report it")
@@ -118,29 +119,29 @@ class RecordedDeviceRuntime(DeviceRuntime):
 
     def _planned(self, layer: int, topk_ids: Tensor, guesses: Tensor | None) -> CachePlan:
         plan = super()._planned(layer, topk_ids, guesses)
-        self._noted[-1].plan = plan
+        self._noted[-1].copies = [plan.copy_keys, plan.copy_slots, plan.copy_bounds]
         return plan
 
     def _record_call(self, noted: Noted) -> None:
         """A layer call whose tensors have come to the host, in the order of calls."""
-        layer, plan = noted.layer, noted.plan
+        layer = noted.layer
         self.recorder.routed(noted.topk_ids, noted.topk_weights)
         for guess, slots in zip(noted.predictions, noted.slots, strict=True):
             self.recorder.guessed(guess, self._ahead(layer, guess.layer), slots.numpy().tobytes())
         needed = set(noted.topk_ids.flatten().tolist())
-        if plan is None:
-            counts = len(needed), 0, 0, len(needed), len(needed)
-        else:
-            n_misses = self._record_copies(layer, needed, plan)
+        if noted.copies:
+            n_misses = self._record_copies(layer, needed, *noted.copies)
             counts = len(needed), len(needed) - n_misses, 0, n_misses, 0
+        else:
+            counts = len(needed), 0, 0, len(needed), len(needed)
         self.recorder.called(layer, len(noted.topk_ids), counts, NOT_KNOWN, math.nan)
 
-    def _record_copies(self, layer: int, needed: set[int], plan: CachePlan) -> int:
+    def _record_copies(self, layer: int, needed: set[int], copy_keys: Tensor, copy_slots: Tensor, bounds: Tensor) -> int:
         """What the plan copied, and what that says of earlier prefetches for this layer; the number of demand loads."""
         for key in [key for key in self.staged if key.layer == layer]:
             self.staged.pop(key).outcome = "useful" if key.expert in needed else "wasted"
-        _, n_misses, n_copies = plan.copy_bounds.tolist()
-        keys, slots = plan.copy_keys[:n_copies].tolist(), plan.copy_slots[:n_copies].tolist()
+        _, n_misses, n_copies = bounds.tolist()
+        keys, slots = copy_keys[:n_copies].tolist(), copy_slots[:n_copies].tolist()
         for place, (code, slot) in enumerate(zip(keys, slots, strict=True)):
             key, demand = ExpertKey(*divmod(code, self.geometry.n_experts)), place < n_misses
             copy = KernelCopy(key, slot, self.geometry.expert.row_bytes, demand)
@@ -164,15 +165,13 @@ def _on_host(calls: Sequence[Noted]) -> list[Noted]:
         ids, weights = next(fetched), next(fetched)
         predictions = [replace(guess, scores=next(fetched)) for guess in call.predictions]
         slots = [next(fetched) for _ in call.slots]
-        plan = call.plan and CachePlan(*(next(fetched) for _ in range(4)))
-        found.append(Noted(call.layer, ids, weights, predictions, slots, plan))
+        copies = [next(fetched) for _ in call.copies]
+        found.append(Noted(call.layer, ids, weights, predictions, slots, copies))
     return found
 
 
 def _tensors(call: Noted) -> list[Tensor]:
-    plan = call.plan
-    of_plan = [] if plan is None else [plan.slot_ids, plan.copy_keys, plan.copy_slots, plan.copy_bounds]
-    return [call.topk_ids, call.topk_weights, *(guess.scores for guess in call.predictions), *call.slots, *of_plan]
+    return [call.topk_ids, call.topk_weights, *(guess.scores for guess in call.predictions), *call.slots, *call.copies]
 
 
 def _fetched(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -31,6 +31,11 @@ from prefetch.layer_server import LayerServer
 PREFETCH_BYTES = 24_000_000  # 0.7 ms at 35 GB/s; two bf16 experts of Qwen3-30B-A3B, or all its guesses in int4
 
 
+def asks_host(kind: type[Predictor]) -> bool:
+    """Such a predictor cannot drive a device: it computes on the host, or speaks before the router does."""
+    return kind.before_attention or not (kind.on_device or issubclass(kind, NoPredictor))
+
+
 class DeviceRuntime(LayerServer):
     """Serves the MoE layers of one model. `prefetch.model.attach` takes it like the host-driven runtime.
 
@@ -64,7 +69,7 @@ class DeviceRuntime(LayerServer):
         n_programs: int = 16,
         prefetch_bytes: int = PREFETCH_BYTES,
     ):
-        if not (predictor.on_device or isinstance(predictor, NoPredictor)) or predictor.before_attention:
+        if asks_host(type(predictor)):
             raise ConfigError(
                 f"predictor={predictor.name or type(predictor).__name__} asks the host, and a device-driven run must not: choose one "
                 "that computes on the device after the router, such as gate_reuse"
