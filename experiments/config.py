@@ -1,6 +1,6 @@
 """What may be configured, with types; and what a configuration must not combine.
 
-`cache`, `predictor` and `planner` are plug-ins: their knobs are the arguments of the class that `_target_` names, here or in
+`cache`, `predictor`, `planner` and `format` are plug-ins: their knobs are the arguments of the class that `_target_` names, here or in
 anybody's code, and are checked against its signature.
 """
 
@@ -237,6 +237,11 @@ def _check_driven_by_device(cfg: DictConfig) -> None:
 def check_predictor(predictor: DictConfig) -> None:
     """Raise ConfigError unless every knob of `predictor` is one of its class, of the declared type."""
     _check_knobs("predictor", predictor)
+
+
+def check_format(trace_format: DictConfig) -> None:
+    """Raise ConfigError unless every knob of `trace_format` is one of its class, of the declared type."""
+    _check_knobs("format", trace_format)
 
 
 def compose_policy(cache: DictConfig, capacity: int, n_layers: int) -> Any:

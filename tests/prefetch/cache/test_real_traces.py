@@ -1,4 +1,4 @@
-"""Policies on recorded routing of real models, against figures published with the recordings.
+"""Policies on recorded routing of real models, against figures published with the recordings; so the importers are tested too.
 
 The recordings are not part of this repository: gpt-oss-20b from AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting, and
 Qwen3-30B-A3B on a phone, with the residency that its engine reported, from Helldez/BigMoeOnEdge.
@@ -6,11 +6,12 @@ Qwen3-30B-A3B on a phone, with the residency that its engine reported, from Hell
 
 from __future__ import annotations
 
-import csv
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from prefetch.cache.belady import belady_hits
@@ -18,26 +19,22 @@ from prefetch.cache.lru import Lru
 from prefetch.cache.per_layer import PerLayer
 from prefetch.cache.replay import replay_hits
 from prefetch.geometry import ExpertKey
+from prefetch.trace_formats.big_moe_on_edge import BigMoeOnEdge
+from prefetch.trace_formats.gpt_oss_fingerprints import GptOssFingerprints
 
 TRACES = Path(__file__).parents[3] / "../shared/traces"
 pytestmark = pytest.mark.skipif(not TRACES.is_dir(), reason=f"recorded routing is not at {TRACES}")
 
-N_LAYERS, N_EXPERTS = 24, 32  # of gpt-oss-20b
+N_LAYERS = 24  # of gpt-oss-20b
 
 
 @pytest.fixture(scope="module")
 def sequences() -> list[list[list[ExpertKey]]]:
     """Every third sequence of mmlu_dev that does not loop, as routing events (token by token, layer by layer)."""
-    folder = TRACES / "gpt-oss-20b"
-    recorded = np.load(folder / "mmlu_dev.npz")
-    loops = [json.loads(line)["repetition"] for line in (folder / "mmlu_dev.meta.jsonl").read_text().splitlines()]
-    keys = [[ExpertKey(layer, expert) for expert in range(N_EXPERTS)] for layer in range(N_LAYERS)]
-    spans = np.stack([recorded["offsets"][:-1], recorded["offsets"][1:]], axis=1)
-    found = []
-    for start, end in spans[~np.array(loops)][::3]:
-        tokens = recorded["ids"][start:end].tolist()
-        found.append([[keys[layer][expert] for expert in token[layer]] for token in tokens for layer in range(N_LAYERS)])
-    return found
+    trace = GptOssFingerprints().read(TRACES / "gpt-oss-20b/mmlu_dev.npz")
+    events = trace.routing_events()
+    bounds = [*np.flatnonzero(trace.step == 0).tolist(), trace.n_tokens]
+    return [events[first * N_LAYERS : end * N_LAYERS] for first, end in list(zip(bounds, bounds[1:], strict=False))[::3]]
 
 
 def hit_rate(counts: list[tuple[int, int]]) -> float:
@@ -68,27 +65,30 @@ def test_belady_per_layer_on_gpt_oss(sequences: list[list[list[ExpertKey]]]) -> 
 def test_lru_reproduces_the_residency_that_a_phone_recorded() -> None:
     """That engine's budget is in bytes and its experts differ in size, so the test itself decides when one must leave;
     which one, it reads off the LRU's order."""
-    with open(TRACES / "on-device-qwen3-30b/qwen.route.csv") as file:
-        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
-    expert_bytes = {int(row["layer"]): int(row["expert_bytes"]) for row in rows if row["expert_bytes"] != "0"}
+    path = TRACES / "on-device-qwen3-30b/qwen.route.csv"
+    trace = BigMoeOnEdge().read(path)
+    rows = pd.read_csv(path, comment="#")
+    recorded = iter(rows["residency"][rows["phase"] == 1] != 0)  # in the order of the activations below
+    expert_bytes = json.loads(trace.metadata["row_bytes_per_layer"])
     budget_bytes, resident_bytes = 4000 * 2**20, 0
-    cache = Lru(capacity=48 * 128)
+    cache = Lru(capacity=trace.n_layers * trace.n_experts)
     n_decode = n_agree = 0
-    for row in rows:
-        key = ExpertKey(int(row["layer"]), int(row["expert"]))
-        hit = key in cache
-        if hit:
-            cache.access(key)
-        else:
-            cache.insert(key)
-            resident_bytes += expert_bytes[key.layer]
-        while resident_bytes > budget_bytes:
-            victim = next(iter(cache))
-            cache.remove(victim)
-            resident_bytes -= expert_bytes[victim.layer]
-        if row["phase"] == "1":
-            n_decode += 1
-            n_agree += hit == (row["residency"] != "0")
+    for forward, layer in product(trace.forwards(), range(trace.n_layers)):
+        for expert in trace.topk_ids[forward.rows, layer].reshape(-1).tolist():
+            key = ExpertKey(layer, expert)
+            hit = key in cache
+            if hit:
+                cache.access(key)
+            else:
+                cache.insert(key)
+                resident_bytes += expert_bytes[layer]
+            while resident_bytes > budget_bytes:
+                victim = next(iter(cache))
+                cache.remove(victim)
+                resident_bytes -= expert_bytes[victim.layer]
+            if forward.step > 0:
+                n_decode += 1
+                n_agree += hit == next(recorded)
     assert n_decode == 128 * 48 * 6
     assert n_agree / n_decode >= 0.999
     assert resident_bytes / 2**20 == pytest.approx(3997.7, abs=0.1)
