@@ -32,7 +32,7 @@ from experiments.arm import run_arm, runtime
 from experiments.atomic import write_json
 from experiments.backend import build_source, refuse_gpu
 from experiments.config import repository_path
-from experiments.decode import compose_arms
+from experiments.decode import decode_arms
 from experiments.expert_store import refuse_quantised
 from experiments.generation import divergences, generate
 from experiments.link_rate import measured_bytes_per_s
@@ -61,7 +61,7 @@ def bench(cfg: DictConfig, folder: Path) -> None:
     refuse_gpu(cfg.backend, "experiments.bench")
     torch.set_num_threads(cfg.backend.n_threads)
     model_folder = repository_path(cfg.model.path)
-    arms = {name: arm.cfg for name, arm in compose_arms(cfg).items()}
+    arms = decode_arms(cfg)
     batches = load_batches(
         model_folder,
         prompts=repository_path(cfg.workload.prompts),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -128,9 +128,34 @@ class DecodeConfig:
     documents: DocumentsConfig | None = None
 
 
+@dataclass
+class ShapeConfig:
+    name: str = MISSING
+    expert_bytes: int | None = None
+    dense_bytes: float | None = None
+
+
+@dataclass
+class ReplayConfig:
+    trace: str = MISSING
+    run: str | None = None
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
+    machine: Any = MISSING
+    cache: Any = MISSING
+    predictor: Any = MISSING
+    planner: Any = MISSING
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    arms: dict[str, Any] = field(default_factory=dict)
+    warmup_sequences: int = 1
+    max_sequences: int | None = None
+    seed: int = 0
+    timeline_forwards: int = 24
+
+
 def register() -> None:
-    """Make the typed schema known to Hydra, and how a sweep names its jobs' folders."""
+    """Make the typed schemas known to Hydra, and how a sweep names its jobs' folders."""
     ConfigStore.instance().store(name="decode_schema", node=DecodeConfig)
+    ConfigStore.instance().store(name="replay_schema", node=ReplayConfig)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 
 
@@ -149,26 +174,21 @@ def validate(cfg: DictConfig) -> None:
     Raises:
         ConfigError: naming the option at fault and what would be right.
     """
-    for option, choices in CHOICES.items():
-        value = OmegaConf.select(cfg, option)
-        if value not in choices:
-            raise ConfigError(f"{option}={value}: choose one of {', '.join(choices)}")
-    for option, least in (
-        ("repeats", 1),
-        ("workload.n_prompts", 1),
-        ("workload.new_tokens", 2),
-        ("workload.batch_size", 1),
-        ("workload.max_prompt_tokens", 1),
-        ("workload.warmup_batches", 0),
-        ("cache.staging", 0),
-        ("cache.transient", 1),
-        ("tier.n_threads", 1),
-        ("backend.n_threads", 1),
-        ("timeline_forwards", 0),
-    ):
-        value = OmegaConf.select(cfg, option)
-        if not isinstance(value, int) or value < least:
-            raise ConfigError(f"{option}={value}: it must be a whole number, at least {least}")
+    _check_choices(cfg, CHOICES)
+    _check_whole_numbers(
+        cfg,
+        {
+            "repeats": 1,
+            "workload.n_prompts": 1,
+            "workload.new_tokens": 2,
+            "workload.batch_size": 1,
+            "workload.max_prompt_tokens": 1,
+            "workload.warmup_batches": 0,
+            "tier.n_threads": 1,
+            "backend.n_threads": 1,
+            "timeline_forwards": 0,
+        },
+    )
     if not cfg.workload.temperature >= 0:
         raise ConfigError(f"workload.temperature={cfg.workload.temperature}: it must be at least 0 (0 = greedy)")
     _check_link(cfg.tier.link)
@@ -179,11 +199,47 @@ def validate(cfg: DictConfig) -> None:
             f"workload.warmup_batches={cfg.workload.warmup_batches} leaves none of the {n_batches} batches to measure: raise "
             "workload.n_prompts"
         )
+    _check_plug_ins(cfg)
+    if cfg.backend.driven_by == "device":
+        _check_driven_by_device(cfg)
+
+
+def validate_replay(cfg: DictConfig) -> None:
+    """Likewise, of a replay.
+
+    Raises:
+        ConfigError: naming the option at fault and what would be right.
+    """
+    _check_choices(
+        cfg, {option: choices for option, choices in CHOICES.items() if option.split(".")[0] in ("cache", "tracking")}
+    )
+    _check_whole_numbers(cfg, {"warmup_sequences": 0, "timeline_forwards": 0})
+    _check_plug_ins(cfg)
+    _check_knobs("machine", cfg.machine)
+    if cfg.cache.preload != "none":
+        raise ConfigError(f"cache.preload={cfg.cache.preload}: a replay begins with an empty cache; choose none")
+
+
+def _check_choices(cfg: DictConfig, choices_of: Mapping[str, tuple[str, ...]]) -> None:
+    for option, choices in choices_of.items():
+        value = OmegaConf.select(cfg, option)
+        if value not in choices:
+            raise ConfigError(f"{option}={value}: choose one of {', '.join(choices)}")
+
+
+def _check_whole_numbers(cfg: DictConfig, least_of: Mapping[str, int]) -> None:
+    for option, least in least_of.items():
+        value = OmegaConf.select(cfg, option)
+        if not isinstance(value, int) or value < least:
+            raise ConfigError(f"{option}={value}: it must be a whole number, at least {least}")
+
+
+def _check_plug_ins(cfg: DictConfig) -> None:
+    """Cache, predictor and planner, whatever else a program has."""
+    _check_whole_numbers(cfg, {"cache.staging": 0, "cache.transient": 1})
     _check_knobs("cache", cfg.cache, given=("capacity",), common=CACHE_COMMON)
     _check_knobs("predictor", cfg.predictor)
     _check_knobs("planner", cfg.planner)
-    if cfg.backend.driven_by == "device":
-        _check_driven_by_device(cfg)
     if cfg.cache.prefetch_admission == "policy" and not get_class(cfg.cache._target_).admits_prefetch:
         raise ConfigError(
             f"cache.prefetch_admission=policy, but {cfg.cache._target_} does not admit prefetches: use an slru cache, or staging"

@@ -10,40 +10,34 @@ hits all alike. Arms must agree to the last bit, and with the unmodified model i
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
 import torch
-from hydra import compose
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from experiments import launch, plots, tables
+from experiments import launch
+from experiments.after_warmup import counted_calls, record_after, trace_after
 from experiments.arm import ArmRun, leaves_in_place, run_arm
-from experiments.atomic import write_text
+from experiments.arms import compose_arms, roles, rotated
 from experiments.backend import BackingTiers, enforce_budget, memory_budget, use_device
-from experiments.config import CACHE_COMMON, repository_path, validate
+from experiments.config import repository_path, validate
 from experiments.expert_store import open_store, quant_format
 from experiments.generation import Generation, divergences, generate_all, same_bits
 from experiments.link_rate import measured_bytes_per_s
 from experiments.progress import progress_bar
 from experiments.provenance import provenance
-from experiments.results import BASELINE, BELADY, BOUND, PREDICTOR, ArmResult, Quality, Results
+from experiments.results import BASELINE, BELADY, ArmResult, Quality, Results
+from experiments.run_folder import write_folder
 from experiments.shipped_predictor import announcement, default_predictor, shipped_pre_gates
 from experiments.slot_budget import check_slots, slot_budget
-from experiments.timeline import write_timeline
-from experiments.tracking import Tracker
 from experiments.workload import Batch, load_batches
 from prefetch.accounting import is_preload, summarise, violations
 from prefetch.cache.belady import belady_hits
 from prefetch.errors import CapacityError, ConfigError, GatecastError, TokenMismatchError
 from prefetch.geometry import ExpertKey
 from prefetch.model import load_offloaded, load_whole
-from prefetch.recorder import RunRecord
 from prefetch.store import ExpertStore
 from prefetch.trace import RoutingTrace
 
@@ -66,13 +60,13 @@ def main() -> None:
 
 def decode(cfg: DictConfig, folder: Path) -> None:
     """Run all arms of `cfg` and write results, tables, plots, timelines and routing traces to `folder`."""
-    arms = compose_arms(cfg)
+    cfgs = decode_arms(cfg)
+    arms = {name: Measured(cfgs[name], role) for name, role in roles(cfgs).items()}
     torch.manual_seed(cfg.seed)
     device = use_device(cfg.backend)
     model_folder, dtype = repository_path(cfg.model.path), getattr(torch, cfg.model.dtype)
     store = open_store(cfg.model)
     budget_bytes = memory_budget(cfg.backend, device)
-    cfgs = {name: arm.cfg for name, arm in arms.items()}
     check_slots(cfgs, store.geometry, budget_bytes)  # what cannot run is known before anything does
     batches = workload_batches(cfg, model_folder)
     reference = _reference(cfg, model_folder, dtype, device, batches) if cfg.check_tokens else None
@@ -95,65 +89,40 @@ def decode(cfg: DictConfig, folder: Path) -> None:
 
         recording = run(_recording_arm(arms), None).trace  # warms up and records what oracles read; it is not measured
         for repeat in range(cfg.repeats):
-            for name in _rotated(list(arms), repeat):
+            for name in rotated(list(arms), repeat):
                 arm = arms[name]
                 arm.last = run(name, recording)
-                measured = after_warmup(arm.last.record, cfg.workload.warmup_batches)
+                measured = record_after(arm.last.record, cfg.workload.warmup_batches)
                 arm.repeats.append(summarise(measured, link_bytes_per_s))
     rerouted = model.pre_gates is not None and model.pre_gates.route
     results = _results(cfg, arms, store, link_bytes_per_s, lossless=reference is not None and not rerouted)
-    _write(cfg, results, arms, folder)
+    runs = {name: arm.last for name, arm in arms.items() if arm.last is not None}
+    write_folder(
+        results,
+        runs,
+        folder,
+        cfg.tracking,
+        n_warmup=cfg.workload.warmup_batches,
+        timeline_forwards=cfg.timeline_forwards,
+    )
 
 
-def compose_arms(cfg: DictConfig) -> dict[str, Measured]:
-    """Every arm's full configuration: the command line's, with the arm's own overrides on top.
-
-    Where an arm chooses another file of a group, the command line's knobs of that group do not apply to it, but for those
-    that all caches share.
-    """
-    hydra_cfg = HydraConfig.get()
-    given = [override for override in hydra_cfg.overrides.task if not override.lstrip("+~").startswith("arms.")]
-    named = {name: overrides for name, overrides in cfg.arms.items() if overrides is not None}
-    if not named:
-        raise ConfigError("no arm is left: name at least one, e.g. \"+arms.mine=['predictor=gate_reuse']\"")
+def decode_arms(cfg: DictConfig) -> dict[str, DictConfig]:
+    """Every arm's full configuration; a model's own pre-gates are the predictor of an arm that names none."""
     pre_gates = shipped_pre_gates(repository_path(cfg.model.path))
     if pre_gates is not None:
         console.print(announcement(pre_gates))
-    arms: dict[str, Measured] = {}
-    for name, overrides in named.items():
-        if not OmegaConf.is_list(overrides) or not all(isinstance(override, str) for override in overrides):
-            raise ConfigError(f"arms.{name}={overrides}: it must be a list of overrides, e.g. ['cache=lru'], or null")
-        chosen = {override.split("=")[0] for override in overrides}
-        kept = [override for override in given if _applies(override, chosen)]
-        own = [*kept, *overrides]
-        try:
-            arm_cfg = compose(hydra_cfg.job.config_name, overrides=[*own, *default_predictor(pre_gates, own)])
-            validate(arm_cfg)
-            if arm_cfg.backend.kind != cfg.backend.kind:
-                raise ConfigError(
-                    f"backend={arm_cfg.backend.kind}: all arms share one model and so one backend ({cfg.backend.kind})"
-                )
-        except (ConfigError, HydraException) as error:
-            raise ConfigError(f"arm {name}: {launch.one_line(error)}") from error
+
+    def check(arm_cfg: DictConfig) -> None:
+        validate(arm_cfg)
+        if arm_cfg.backend.kind != cfg.backend.kind:
+            raise ConfigError(
+                f"backend={arm_cfg.backend.kind}: all arms share one model and so one backend ({cfg.backend.kind})"
+            )
         if arm_cfg.model != cfg.model:
-            raise ConfigError(f"arm {name}: every arm runs the same model; give model options to the whole run")
-        arms[name] = Measured(arm_cfg, _role(arm_cfg, BASELINE in (arm.role for arm in arms.values())))
-    return arms
+            raise ConfigError("every arm runs the same model; give model options to the whole run")
 
-
-def _applies(override: str, chosen_groups: set[str]) -> bool:
-    key = override.lstrip("+~").split("=")[0]
-    group, _, knob = key.partition(".")
-    return group not in chosen_groups or (group == "cache" and knob in CACHE_COMMON and knob != "prefetch_admission")
-
-
-def _role(cfg: DictConfig, has_baseline: bool) -> str:
-    classes = {cfg.cache._target_.rsplit(".", 1)[1], cfg.predictor._target_.rsplit(".", 1)[1]}
-    if classes & {"Oracle", "Resident", "NoCache"}:
-        return BOUND
-    if "NoPredictor" in classes and not has_baseline:
-        return BASELINE
-    return PREDICTOR
+    return compose_arms(cfg, check, lambda given: default_predictor(pre_gates, given))
 
 
 def _recording_arm(arms: dict[str, Measured]) -> str:
@@ -162,12 +131,6 @@ def _recording_arm(arms: dict[str, Measured]) -> str:
         if not arm.cfg.predictor._target_.endswith(".Oracle"):
             return name
     raise ConfigError("every arm is an oracle, and none can record what oracles read: add an arm without, e.g. predictor=none")
-
-
-def _rotated(names: list[str], repeat: int) -> list[str]:
-    """Each repeat begins with another arm, so that none always follows the same neighbour's mess."""
-    shift = repeat % len(names)
-    return names[shift:] + names[:shift]
 
 
 def workload_batches(cfg: DictConfig, model_folder: Path) -> list[Batch]:
@@ -236,13 +199,6 @@ def _rounds_apart(cfg: DictConfig) -> bool:
     return cfg.backend.kind == "cuda" and cfg.backend.in_place == "cpu" and leaves_in_place(cfg)
 
 
-def after_warmup(record: RunRecord, n_batches: int) -> RunRecord:
-    """The rows of `record` from the `n_batches`-th batch on, and the preloads, which belong to the whole run."""
-    calls, forwards = (table[table["sequence"] >= n_batches] for table in (record.calls, record.forwards))
-    transfers = record.transfers
-    return RunRecord(calls, forwards, transfers[(transfers["sequence"] >= n_batches) | is_preload(transfers)])
-
-
 def _results(
     cfg: DictConfig, arms: dict[str, Measured], store: ExpertStore, link_bytes_per_s: float, *, lossless: bool
 ) -> Results:
@@ -251,11 +207,9 @@ def _results(
     baseline = next((arm for arm in arms.values() if arm.role == BASELINE), None)
     budget = slot_budget(baseline.cfg if baseline else cfg, store.geometry)
     trace = any_run.trace
-    counted = [
-        f.step > 0 and f.sequence >= cfg.workload.warmup_batches for f in trace.forwards() for _ in range(trace.n_layers)
-    ]
+    n_warmup = cfg.workload.warmup_batches
     preloaded = _preloaded(baseline.last) if baseline and baseline.last else []
-    belady = belady_hits(trace.routing_events(), budget.capacity, counted, preloaded)
+    belady = belady_hits(trace.routing_events(), budget.capacity, counted_calls(trace, n_warmup), preloaded)
     found = provenance(cfg.seed, store.path) | {"link_bytes_per_s": link_bytes_per_s}
     return Results(
         config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
@@ -264,7 +218,7 @@ def _results(
             name: ArmResult(
                 arm.role,
                 arm.repeats,
-                _quality(arm.last, cfg.workload.warmup_batches),
+                None if arm.last is None else Quality.of(trace_after(arm.last.trace, n_warmup)),
                 lossless=lossless,
                 emulated=arm.cfg.tier.link is not None,
             )
@@ -282,65 +236,6 @@ def _preloaded(run: ArmRun) -> list[ExpertKey]:
     """What the run's cache held before its first token."""
     transfers = run.record.transfers
     return [ExpertKey(*key) for key in transfers.loc[is_preload(transfers), ["layer", "expert"]].to_numpy().tolist()]
-
-
-def _quality(run: ArmRun | None, warmup: int) -> Quality | None:
-    if run is None:
-        return None
-    trace = run.trace
-    kept = trace.sequence >= warmup
-    arrays = {f.name: getattr(trace, f.name)[kept] for f in dataclasses.fields(trace) if f.name in _ROW_ARRAYS}
-    guesses, resident = ({d: a[kept] for d, a in group.items()} for group in (trace.guesses, trace.resident))
-    return Quality.of(dataclasses.replace(trace, **arrays, guesses=guesses, resident=resident))
-
-
-_ROW_ARRAYS = {"sequence", "step", "phase", "token_ids", "topk_ids", "topk_weights"}
-
-
-def _write(cfg: DictConfig, results: Results, arms: dict[str, Measured], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    tracker = Tracker(cfg.tracking.mode, cfg.tracking.project)
-    tracker.start(results.config, folder)
-    for name, arm in arms.items():
-        if arm.last is None:
-            continue
-        first = len(arm.last.record.forwards[arm.last.record.forwards["sequence"] < cfg.workload.warmup_batches])
-        write_timeline(arm.last.record, folder / f"timeline_{name}.json", first, cfg.timeline_forwards)
-        if arm.last.trace.guesses or arm.role == BASELINE:
-            arm.last.trace.save(folder / f"trace_{name}.safetensors")
-        write_text(folder / f"calls_{name}.csv", arm.last.record.calls.to_csv(index=False))
-        write_text(folder / f"transfers_{name}.csv", arm.last.record.transfers.to_csv(index=False))
-    tables.write_comparison(results, folder)
-    images = [folder / "time_breakdown.png", folder / "recall_per_layer.png", folder / "tokens_per_s.png"]
-    plots.time_breakdown(results, images[0])
-    plots.recall_per_layer(results, images[1])
-    plots.tokens_per_s_vs_slots([results], images[2])
-    _track(tracker, results, images)
-    results.save(folder)  # last: a folder with results.json is complete
-    screen = Console()
-    screen.print(tables.rich_comparison(results, screen.width))
-    for name, arm in arms.items():
-        if arm.last is not None and arm.last.predictor_failed:
-            console.print(
-                f"warning: the predictor of arm {name} failed and was switched off; its figures are those without prefetch"
-            )
-    launch.say(f"results: {folder}")
-
-
-def _track(tracker: Tracker, results: Results, images: list[Path]) -> None:
-    table = tables.comparison(results)
-    metrics = {
-        f"{row['arm']}/{column}": row[column]
-        for row in table.to_dict("records")
-        for column in ("tokens_per_s", "ratio", "hit_rate", "recall", "stall_share")
-        if pd.notna(row.get(column))
-    }
-    tracker.log(metrics)
-    tracker.log_table("comparison", table)
-    for image in images:
-        if image.exists():
-            tracker.log_image(image.stem, image)
-    tracker.finish()
 
 
 if __name__ == "__main__":

@@ -209,7 +209,8 @@ def _conditions(runs: Sequence[Results]) -> str:
     slots = f", {100 * fractions.pop():.0f} % slots" if len(fractions) == 1 else ""
     formats = sorted(run.quantised for run in runs if run.quantised)
     slots += f", experts in {' or '.join(dict.fromkeys(formats))}" if formats else ""
-    return slots + (", emulated link" if any(run.emulated for run in runs) else "")
+    slots += ", emulated link" if any(run.emulated for run in runs) else ""
+    return slots + (", simulated" if any(run.simulated for run in runs) else "")
 
 
 def _save(figure: Figure, path: Path) -> None:

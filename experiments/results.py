@@ -2,7 +2,7 @@
 
 The file:
     {"schema": 1, "config": {...}, "provenance": {...}, "slots": 64, "slots_fraction": 0.25, "quantised": null, "peak_rss_bytes": 1000000000,
-     "bounds": {"belady_hit_rate_simulated": 0.71},
+     "simulated": false, "bounds": {"belady_hit_rate_simulated": 0.71},
      "arms": {"slru": {"role": "baseline", "repeats": [{"tokens_per_s": 41.2, ...}, ...], "lossless": true,
                        "emulated": false, "quality": null | {"overall": [{...}], "per_layer": [{...}]}}, ...}}
 """
@@ -29,7 +29,8 @@ SCHEMA = 1
 FILE_NAME = "results.json"
 BASELINE, PREDICTOR, BOUND = ROLES = ("baseline", "predictor", "bound")  # in the order of tables and legends
 ORACLE = "oracle"  # name of the bound whose gain over the baseline predictors are measured by
-BELADY = "belady_hit_rate_simulated"  # name among `Results.bounds`
+BELADY = "belady_hit_rate_simulated"  # names among `Results.bounds`
+LINK_BOUND = "link_bound_tokens_per_s_simulated"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class ArmResult:
     role: str  # one of ROLES
     repeats: list[dict[str, float]]  # `prefetch.accounting.summarise` of each repeat; what is absent was not measured
     quality: Quality | None  # None: no guesses were made
-    lossless: bool  # its tokens were compared with the unmodified model's and equal them, as docs/method.md defines it
+    lossless: bool  # its tokens were compared with the unmodified model's and equal them; in a replay there are none
     emulated: bool  # an emulated link paced its transfers
 
     def values(self, metric: str) -> list[float]:
@@ -86,6 +87,7 @@ class Results:
     slots_fraction: float  # of all experts
     quantised: str | None = None  # format of the experts where it is lossy against the original model, e.g. "int4 per 32"
     peak_rss_bytes: int | None = None  # of the whole process, all arms
+    simulated: bool = False  # nothing was measured: recorded routing was replayed, and time is arithmetic
     name: str = field(default="", compare=False)  # the folder it was read from
 
     def baseline(self) -> ArmResult | None:
@@ -159,6 +161,7 @@ def _from_json(content: dict[str, Any], name: str) -> Results:
         slots_fraction=float(content["slots_fraction"]),
         quantised=content.get("quantised"),
         peak_rss_bytes=content.get("peak_rss_bytes"),
+        simulated=bool(content.get("simulated", False)),
         name=name,
     )
 

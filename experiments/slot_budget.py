@@ -43,7 +43,7 @@ def slot_budget(cfg: DictConfig, geometry: MoEGeometry) -> SlotBudget:
     prefetches = not is_kind(cfg.predictor, NoPredictor) and cfg.cache.prefetch_admission == "staging"
     staging = cfg.cache.staging if prefetches else 0
     transient = n_slots - staging if is_kind(cfg.cache, NoCache) else cfg.cache.transient
-    if cfg.backend.driven_by == "device":
+    if "backend" in cfg and cfg.backend.driven_by == "device":
         transient = max(transient, cfg.workload.batch_size * geometry.top_k)  # its plan needs a slot for each pair of a step
         if n_slots > MAX_SLOTS:
             raise CapacityError(

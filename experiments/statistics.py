@@ -42,24 +42,29 @@ def paired_ratio(values: Sequence[float], baseline: Sequence[float]) -> Spread:
     return spread(numerator / np.where(denominator > 0, denominator, np.nan))
 
 
-def is_difference(values: Sequence[float], baseline: Sequence[float]) -> bool:
+def is_difference(values: Sequence[float], baseline: Sequence[float], *, exact: bool = False) -> bool:
     """Whether 1 lies outside the range of the paired ratios: in every repeat the same arm was the faster one.
 
     Between equal arms chance alone does that in 2 of 2^n cases (n = 3: 1 in 4, n = 5: 1 in 16); fewer than 3 pairs never tell.
+
+    Args:
+        exact: the figures are no measurements, and come out the same each time: one pair tells.
     """
     ratio = paired_ratio(values, baseline)
-    return ratio.n >= MIN_REPEATS and not ratio.low <= 1 <= ratio.high
+    return ratio.n >= (1 if exact else MIN_REPEATS) and not ratio.low <= 1 <= ratio.high
 
 
-def share_of_gain(values: Sequence[float], baseline: Sequence[float], ceiling: Sequence[float]) -> Spread:
+def share_of_gain(
+    values: Sequence[float], baseline: Sequence[float], ceiling: Sequence[float], *, exact: bool = False
+) -> Spread:
     """(values[i] - baseline[i]) / (ceiling[i] - baseline[i]): the share of the ceiling's gain that was recovered.
 
     0 = no better than the baseline, 1 = as good as the ceiling; below 0 it loses. Not measured (NaN) where the ceiling
-    itself is no different from the baseline: a share of noise is noise.
+    itself is no different from the baseline: a share of noise is noise. `exact` as for `is_difference`.
     """
     value, base = _paired(values, baseline)
     top, _ = _paired(ceiling, baseline)
-    if not is_difference(ceiling, baseline) or paired_ratio(ceiling, baseline).low < 1:
+    if not is_difference(ceiling, baseline, exact=exact) or paired_ratio(ceiling, baseline).low < 1:
         return spread([])
     return spread((value - base) / (top - base))
 

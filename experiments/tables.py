@@ -16,17 +16,22 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.atomic import write_text
-from experiments.results import BELADY, BOUND, PREDICTOR, ArmResult, Results
+from experiments.results import BELADY, BOUND, LINK_BOUND, PREDICTOR, ArmResult, Results
 from experiments.statistics import Spread, is_difference, paired_ratio, share_of_gain, spread
 
 NOT_MEASURED = "–"
 BYTES_PER_MB = 1e6
 WIDE = 110  # columns that the tables need
+BELADY_ROW, LINK_ROW = "belady", "link"
 SPEED = "Speed"
 TRAFFIC = "Guesses, hits and traffic of decoding"
 FOOTNOTE = (
     f"median [lowest, highest] of the repeats; {NOT_MEASURED} = not measured; ≈ = no difference from the baseline beyond the "
     "repeats' spread; lossless ✓ = the tokens of the unmodified model"
+)
+FOOTNOTE_SIMULATED = (
+    f"simulated: the same each time, so without spread; {NOT_MEASURED} = not known; link = time of computing alone, or of moving what "
+    "Belady's cache misses, whichever is longer"
 )
 METRICS = (
     "tokens_per_s", "tpot_mean_s", "tpot_median_s", "tpot_p95_s", "ttft_s",
@@ -41,17 +46,17 @@ Cells = dict[str, str]  # of one row: column, whose name may have a line break, 
 
 
 def comparison(results: Results) -> pd.DataFrame:
-    """One row per arm, and one for Belady's hit rate where it was simulated; numbers only, for CSV and wandb.
+    """One row per arm, and one for each bound that no arm is; numbers only, for CSV and wandb.
 
     Columns: run, slots, slots_fraction, arm, role, conditions ("measured" | "emulated" | "simulated"), lossless, n_repeats;
     each of METRICS as median over the repeats; tokens_per_s, ratio and share_of_gain also with `_low` and `_high`;
     differs (from the baseline beyond the spread); QUALITIES of the decode phase at the nearest lookahead.
     """
     rows = [_numbers(results, name, arm) for name, arm in results.ordered()]
-    if BELADY in results.bounds:
-        where = {"run": results.name, "slots": results.slots, "slots_fraction": results.slots_fraction}
-        labels = {"arm": "belady", "role": BOUND, "conditions": "simulated", "hit_rate": results.bounds[BELADY]}
-        rows.append(where | labels)
+    for arm, bound, metric in ((BELADY_ROW, BELADY, "hit_rate"), (LINK_ROW, LINK_BOUND, "tokens_per_s")):
+        if bound in results.bounds:
+            where = {"run": results.name, "slots": results.slots, "slots_fraction": results.slots_fraction}
+            rows.append(where | {"arm": arm, "role": BOUND, "conditions": "simulated", metric: results.bounds[bound]})
     return pd.DataFrame(rows)
 
 
@@ -92,7 +97,7 @@ def _numbers(results: Results, name: str, arm: ArmResult) -> dict[str, object]:
         "slots_fraction": results.slots_fraction,
         "arm": name,
         "role": arm.role,
-        "conditions": "emulated" if arm.emulated else "measured",
+        "conditions": "simulated" if results.simulated else "emulated" if arm.emulated else "measured",
         "lossless": arm.lossless,
         "n_repeats": len(arm.repeats),
     }
@@ -108,8 +113,21 @@ def _numbers(results: Results, name: str, arm: ArmResult) -> dict[str, object]:
 def _speed_rows(results: Results) -> list[Cells]:
     rows = [_speed(results, name, arm) for name, arm in results.ordered()]
     if BELADY in results.bounds:
-        rows.append({"arm": f"belady ({BOUND}, simulated)"})
+        rows.append({"arm": f"{BELADY_ROW} ({BOUND}, simulated)"})
+    if LINK_BOUND in results.bounds:
+        rows.append(_link_bound(results))
     return rows
+
+
+def _link_bound(results: Results) -> Cells:
+    """What no cache and no predictor can exceed, over this link."""
+    speed, base = results.bounds[LINK_BOUND], results.baseline()
+    ratio = speed / spread(base.values("tokens_per_s")).median if base else math.nan
+    return {
+        "arm": f"{LINK_ROW} ({BOUND}, simulated)",
+        "tokens/s": _cell(speed, "{:.1f}"),
+        f"× {_baseline_name(results)}": _cell(ratio, "{:.2f}"),
+    }
 
 
 def _speed(results: Results, name: str, arm: ArmResult) -> Cells:
@@ -122,7 +140,7 @@ def _speed(results: Results, name: str, arm: ArmResult) -> Cells:
         "oracle's\ngain %": _range(_share(results, arm), "{:.0f}", 100),
         "TPOT ms\np50 / p95": _medians(arm, ("tpot_median_s", "tpot_p95_s"), "{:.1f}", 1e3),
         "TTFT\ns": _medians(arm, ("ttft_s",), "{:.2f}"),
-        "lossless": "✓" if arm.lossless else "✗",
+        "lossless": NOT_MEASURED if results.simulated else "✓" if arm.lossless else "✗",
     }
 
 
@@ -130,7 +148,7 @@ def _traffic_rows(results: Results) -> list[Cells]:
     rows = [_traffic(results, name, arm) for name, arm in results.ordered()]
     if BELADY in results.bounds:
         hit_rate = f"{100 * results.bounds[BELADY]:.0f} / {NOT_MEASURED} / {100 * (1 - results.bounds[BELADY]):.0f}"
-        rows.append({"arm": f"belady ({BOUND}, simulated)", "%\nhit / late / miss": hit_rate})
+        rows.append({"arm": f"{BELADY_ROW} ({BOUND}, simulated)", "%\nhit / late / miss": hit_rate})
     return rows
 
 
@@ -163,14 +181,14 @@ def _share(results: Results, arm: ArmResult) -> Spread:
     base, oracle = results.baseline(), results.oracle()
     if not (arm.role == PREDICTOR or arm is oracle) or not (base and oracle and _paired(arm, base) and _paired(oracle, base)):
         return spread([])
-    return share_of_gain(*(a.values("tokens_per_s") for a in (arm, base, oracle)))
+    return share_of_gain(*(a.values("tokens_per_s") for a in (arm, base, oracle)), exact=results.simulated)
 
 
 def _differs(results: Results, arm: ArmResult) -> bool:
     base = results.baseline()
     if base is None or not _paired(arm, base):
         return False
-    return is_difference(arm.values("tokens_per_s"), base.values("tokens_per_s"))
+    return is_difference(arm.values("tokens_per_s"), base.values("tokens_per_s"), exact=results.simulated)
 
 
 def _paired(arm: ArmResult, other: ArmResult) -> bool:
@@ -183,14 +201,18 @@ def _baseline_name(results: Results) -> str:
 
 
 def _conditions(results: Results) -> str:
-    link = "emulated link" if results.emulated else "measured"
     experts = f", {results.quantised}" if results.quantised else ""
+    slots = f"{results.slots} slots = {results.slots_fraction:.0%} of all experts{experts}"
+    if results.simulated:
+        return f"{slots}, simulated: recorded routing replayed"
     n = _n_repeats(results)
     repeats = f"{n} repeat{'' if n == '1' else 's'}"
-    return f"{results.slots} slots = {results.slots_fraction:.0%} of all experts{experts}, {link}, {repeats}"
+    return f"{slots}, {'emulated link' if results.emulated else 'measured'}, {repeats}"
 
 
 def _footnote(results: Results) -> str:
+    if results.simulated:
+        return FOOTNOTE_SIMULATED
     if results.quantised is None:
         return FOOTNOTE
     return f"{FOOTNOTE} with its experts quantised in the same way ({results.quantised}), lossy against the original"

@@ -35,6 +35,7 @@ class ActivationMatrices(Predictor):
     matches: int = 4  # of them that vote
 
     name = "activation_matrices"
+    reads_states = False
 
     def __post_init__(self) -> None:
         for knob in ("capacity", "matches"):

@@ -95,6 +95,7 @@ class Prediction:
 class Predictor(ABC):
     """Base of every predictor family. One file and one YAML each."""
 
+    reads_states = True  # False: routing and token ids are all that it looks at, so that it can be replayed from a trace
     needs_residual = False  # True: the runtime captures `LayerView.residual`
     needs_pre_attention = False  # True: the runtime captures `LayerView.pre_attention`
     needs_previous_final = False  # True: the runtime captures `LayerView.previous_final`, which is None in a prefill

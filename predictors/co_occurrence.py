@@ -32,6 +32,7 @@ class CoOccurrence(Predictor):
     decay: float = 1.0  # what a count is worth one token later; below 1, old tokens fade
 
     name = "co_occurrence"
+    reads_states = False
 
     def __post_init__(self) -> None:
         if not self.prior > 0:

@@ -12,6 +12,7 @@ class NoPredictor(Predictor):
     """Predicts nothing. No parameters, no FLOPs."""
 
     name = "none"
+    reads_states = False
 
     def predict(self, seen: LayerView) -> list[Prediction]:
         """An empty list."""

@@ -28,6 +28,7 @@ class Oracle(Predictor):
     trace: RoutingTrace | None = field(default=None, init=False, repr=False)
 
     name = "oracle"
+    reads_states = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.accuracy <= 1.0:

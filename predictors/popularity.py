@@ -24,6 +24,7 @@ class Popularity(Predictor):
     decay: float = 1.0  # what a count is worth one token later; below 1, old tokens fade
 
     name = "popularity"
+    reads_states = False
 
     def __post_init__(self) -> None:
         if not 0.0 < self.decay <= 1.0:

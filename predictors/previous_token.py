@@ -23,6 +23,7 @@ class PreviousToken(Predictor):
     lookahead: int = 1  # predicts this many coming layers, nearest first, into the next forward pass
 
     name = "previous_token"
+    reads_states = False
 
     def bind(self, model: ModelView) -> None:
         """Prepare for sequences of this model."""

@@ -21,6 +21,7 @@ class RandomGuess(Predictor):
     seed: int = 0  # of the draws
 
     name = "random_guess"
+    reads_states = False
 
     def bind(self, model: ModelView) -> None:
         """Begin the draws afresh."""

@@ -30,6 +30,7 @@ class TokenId(Predictor):
     prior: float = 4.0  # m: occurrences at which a token's own experts weigh as much as those of all tokens
 
     name = "token_id"
+    reads_states = False
 
     def __post_init__(self) -> None:
         if not self.prior > 0:

@@ -15,7 +15,7 @@ from prefetch.cache.base import CachePolicy
 from prefetch.cache.warm_start import warm_start
 from prefetch.errors import CapacityError, TransferError
 from prefetch.geometry import ExpertKey
-from prefetch.slots import SlotPool
+from prefetch.slot_books import SlotBooks
 from prefetch.transfers.base import Transfer, Transfers, TransferState
 
 BEFORE_ANY = -1  # the sequence of what happens before the first
@@ -58,11 +58,11 @@ class LookUp:
 
 
 class FastTier:
-    """Members, staged prefetches and transients over one `SlotPool`. Only the compute thread calls it."""
+    """Members, staged prefetches and transients over one pool of slots. Only the compute thread calls it."""
 
     def __init__(
         self,
-        pool: SlotPool,
+        pool: SlotBooks,
         policy: CachePolicy,
         transfers: Transfers,
         *,

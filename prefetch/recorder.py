@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,7 +33,7 @@ TRANSFER_COLUMNS = [
 
 @dataclass
 class RunRecord:
-    """Tables of one run. Times are `time.perf_counter()` seconds since the run's first forward pass (transfers may precede)."""
+    """Tables of one run. Times are seconds since the run's first forward pass (transfers may precede)."""
 
     calls: pd.DataFrame
     forwards: pd.DataFrame
@@ -71,7 +71,7 @@ class Guess:
     layer: int
     lookahead: int
     scores: Tensor  # [T or 1, E]
-    slots: bytes  # int32 [E], -1 = absent, as `SlotPool.slots_of` gives it
+    slots: bytes  # int32 [E], -1 = absent, as `SlotBooks.slots_of` gives it
 
 
 def phase_of(step: int) -> str:
@@ -80,10 +80,10 @@ def phase_of(step: int) -> str:
 
 
 class Recorder:
-    """Collects one run. Not thread-safe: only the compute thread calls it."""
+    """Collects one run. Not thread-safe: only the compute thread calls it. `clock` gives the present in seconds."""
 
-    def __init__(self, geometry: MoEGeometry):
-        self.geometry = geometry
+    def __init__(self, geometry: MoEGeometry, clock: Callable[[], float] = time.perf_counter):
+        self.geometry, self.clock = geometry, clock
         self.calls: list[tuple] = []
         self.forwards: list[Forward] = []
         self.wall_s: list[float] = []
@@ -91,11 +91,11 @@ class Recorder:
 
     def begin_forward(self, sequence: int, step: int, token_ids: Tensor) -> None:
         """A forward pass over `token_ids` [T] begins."""
-        self.forwards.append(Forward(sequence, step, token_ids, time.perf_counter()))
+        self.forwards.append(Forward(sequence, step, token_ids, self.clock()))
 
     def end_forward(self) -> None:
         """The forward pass under way has ended."""
-        self.wall_s.append(time.perf_counter() - self.forwards[-1].start_s)
+        self.wall_s.append(self.clock() - self.forwards[-1].start_s)
 
     def drop_unfinished(self) -> None:
         """Forget a forward pass that raised."""
@@ -163,7 +163,7 @@ class Recorder:
             topk_weights=_stack([f.topk_weights for f in self.forwards]).astype(np.float32),
             **self._guess_arrays(),
             n_experts=self.geometry.n_experts,
-            metadata=metadata,
+            metadata=metadata | {"row_bytes": str(self.geometry.expert.row_bytes)},
         )
 
     def _guess_arrays(self) -> dict[str, dict[int, np.ndarray]]:

@@ -20,7 +20,6 @@ from predictors.base import Prediction, Predictor
 from predictors.lookahead import layers_ahead
 from predictors.none import NoPredictor
 from prefetch.compute.base import ExpertCompute, LayerCompute, Routed
-from prefetch.compute.torch_experts import TorchExperts
 from prefetch.dispatch import dispatch
 from prefetch.errors import GatecastError, RoutingError, TransferError
 from prefetch.fast_tier import Demand, FastTier, LookUp
@@ -43,7 +42,8 @@ class OffloadRuntime(LayerServer):
         predictor: guesses coming experts; a hint only.
         planner: turns guesses into prefetches, and leaves misses in place that are better computed there.
         read_expert: an expert's weights in the backing tier, for those misses.
-        compute: who computes experts; by default the CPU, out of the tier's slots.
+        compute: who computes experts.
+        clock: gives the present in seconds; the transfers' times are of the same clock.
     """
 
     def __init__(
@@ -53,13 +53,14 @@ class OffloadRuntime(LayerServer):
         predictor: Predictor,
         planner: Planner,
         read_expert: ReadExpert,
-        compute: ExpertCompute | None = None,
+        compute: ExpertCompute,
+        clock: Callable[[], float] = time.perf_counter,
     ):
-        self.compute = compute or TorchExperts(tier.pool)
+        self.compute, self.clock = compute, clock
         predicts_on = self.compute.device if predictor.on_device else torch.device("cpu")
         super().__init__(geometry, predictor, predicts_on, self.compute.device)
         self.tier, self.planner, self.read_expert = tier, planner, read_expert
-        self.recorder = Recorder(geometry)
+        self.recorder = Recorder(geometry, clock)
         self.keys = [[ExpertKey(layer, e) for e in range(geometry.n_experts)] for layer in range(geometry.n_layers)]
         self.early_s = 0.0  # spent on predicting before the attention of the layer in progress
         planner.bind(geometry)
@@ -82,11 +83,11 @@ class OffloadRuntime(LayerServer):
         super().before_attention(layer, pre_attention)
         if not self.predictor.before_attention or self._nothing_to_prefetch():
             return
-        started = time.perf_counter()
+        started = self.clock()
         seen = self.attention_view(layer)
         predictions = self._guarded(lambda: self._checked(self.predictor.predict_before_attention(seen)), layer)
         self._prefetch(predictions, layer, [], before_attention=True)
-        self.early_s = time.perf_counter() - started
+        self.early_s = self.clock() - started
 
     def layer_call(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """The MoE layer's output [T, H].
@@ -102,7 +103,7 @@ class OffloadRuntime(LayerServer):
         """
         guesses = self._predict_beside_the_router(layer, hidden, topk_ids, topk_weights)
         ids, weights, guesses = self._await_router(topk_ids, topk_weights, guesses)
-        timer = CallTimer(time.perf_counter() - self.early_s, predictor_s=self.early_s)
+        timer = CallTimer(self.clock() - self.early_s, predictor_s=self.early_s)
         self.early_s = 0.0
         with self.compute.span(f"experts of layer {layer}"):
             self._check_routing(layer, weights)
@@ -113,20 +114,20 @@ class OffloadRuntime(LayerServer):
             try:
                 waiting = self.tier.start(found.misses)
                 self._predict_and_prefetch(layer, hidden, ids, weights, guesses, work.experts, timer)
-                started = time.perf_counter()
+                started = self.clock()
                 call = self.compute.begin(
                     layer, Routed(hidden, topk_ids, topk_weights, weights, work, self.forms[layer]), found.in_place
                 )
-                timer.expert_s += time.perf_counter() - started
+                timer.expert_s += self.clock() - started
                 self._compute(call, found.hits, timer)
                 for key in found.transient_hits:
                     self.tier.release(key)
                 self._compute_in_place(call, found.in_place, timer)
                 self._compute_as_they_arrive(call, found.late + found.misses, waiting, timer)
 
-                started = time.perf_counter()
+                started = self.clock()
                 out = call.finish()
-                ended = time.perf_counter()
+                ended = self.clock()
                 timer.expert_s += ended - started
             except BaseException:
                 with suppress(TransferError):  # after a GPU's fault each call reports it again: what led here is what counts
@@ -142,10 +143,10 @@ class OffloadRuntime(LayerServer):
         router's choice, in one wait. None: it is asked later, while demand loads travel."""
         if not (self.compute.enqueues and self.predictor.on_device) or self._nothing_to_prefetch():
             return None
-        started = time.perf_counter()
+        started = self.clock()
         seen = self.layer_view(layer, hidden, topk_ids, topk_weights)
         guesses = self._guarded(lambda: self._well_formed(self.predictor.predict(seen)), layer)
-        self.early_s += time.perf_counter() - started
+        self.early_s += self.clock() - started
         return guesses
 
     def _await_router(
@@ -189,14 +190,14 @@ class OffloadRuntime(LayerServer):
         """While the demand loads travel: ask the predictor unless it has been, record its guesses, start what the planner chooses."""
         if type(self.predictor) is NoPredictor or self._nothing_to_prefetch():
             return
-        started = time.perf_counter()
+        started = self.clock()
         if guesses is None:
             seen = self.layer_view(layer, hidden, ids, weights)
             predictions = self._guarded(lambda: self._checked(self.predictor.predict(seen)), layer)
         else:
             predictions = self._guarded(lambda: self._checked(guesses), layer)
         self._prefetch(predictions, layer, computing)
-        timer.predictor_s += time.perf_counter() - started
+        timer.predictor_s += self.clock() - started
 
     def _nothing_to_prefetch(self) -> bool:
         """With every expert on board predicting would only cost time."""
@@ -245,21 +246,21 @@ class OffloadRuntime(LayerServer):
         return on_host
 
     def _compute(self, call: LayerCompute, keys: list[ExpertKey], timer: CallTimer) -> None:
-        started = time.perf_counter()
+        started = self.clock()
         call.from_slots(keys, [self.tier.slots[key] for key in keys])
-        timer.expert_s += time.perf_counter() - started
+        timer.expert_s += self.clock() - started
 
     def _compute_in_place(self, call: LayerCompute, keys: list[ExpertKey], timer: CallTimer) -> None:
         if not keys:
             return
-        started, stalled_s = time.perf_counter(), timer.stall_s
+        started, stalled_s = self.clock(), timer.stall_s
         call.in_place(keys, lambda key: self._read(key, timer))
-        timer.expert_s += time.perf_counter() - started - (timer.stall_s - stalled_s)
+        timer.expert_s += self.clock() - started - (timer.stall_s - stalled_s)
 
     def _read(self, key: ExpertKey, timer: CallTimer) -> tuple[Tensor, Tensor]:
-        started = time.perf_counter()
+        started = self.clock()
         weights = self.read_expert(key)
-        timer.stall_s += time.perf_counter() - started
+        timer.stall_s += self.clock() - started
         return weights
 
     def _compute_as_they_arrive(
@@ -269,9 +270,9 @@ class OffloadRuntime(LayerServer):
         pending = {d.record.transfer: d for d in demands if d.record is not None}
         self._expect(call, [demand.key for demand in pending.values()], timer)
         while pending:
-            started = time.perf_counter()
+            started = self.clock()
             settled = self.tier.transfers.wait_any(list(pending))
-            timer.stall_s += time.perf_counter() - started
+            timer.stall_s += self.clock() - started
             for transfer in settled:
                 demand, error = pending.pop(transfer), transfer.error
                 if error is not None:
@@ -287,9 +288,9 @@ class OffloadRuntime(LayerServer):
 
     def _expect(self, call: LayerCompute, keys: list[ExpertKey], timer: CallTimer) -> None:
         if keys:
-            started = time.perf_counter()
+            started = self.clock()
             call.expect(keys, [self.tier.slots[key] for key in keys])
-            timer.expert_s += time.perf_counter() - started
+            timer.expert_s += self.clock() - started
 
     def finish(self) -> None:
         """End of the run: settle all prefetches, so that every byte has an outcome."""

@@ -69,6 +69,12 @@ class RoutingTrace:
     def top_k(self) -> int:
         return int(self.topk_ids.shape[2])
 
+    @property
+    def row_bytes(self) -> int | None:
+        """Bytes of one expert as it was stored and moved, where the trace says so (metadata "row_bytes")."""
+        said = self.metadata.get("row_bytes")
+        return None if said is None else int(said)
+
     def save(self, path: Path) -> None:
         """Write the trace to `path`; a crash leaves either the old file or the new one."""
         arrays = {name: getattr(self, name) for name in (*TOKEN_DTYPES, *ROUTING_DTYPES)}

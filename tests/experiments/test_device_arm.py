@@ -13,9 +13,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from experiments import device_arm
+from experiments.after_warmup import record_after
 from experiments.arm import ArmRun, run_arm
 from experiments.config import register, validate
-from experiments.decode import after_warmup
 from experiments.generation import divergences, generate_all
 from experiments.slot_budget import slot_budget
 from experiments.timeline import timeline
@@ -77,7 +77,7 @@ def test_tokens_are_those_of_the_unmodified_model(finished: ArmRun, tiny_qwen3: 
 
 def test_its_figures_are_those_that_can_be_known(finished: ArmRun) -> None:
     assert violations(finished.record) == [] and not finished.predictor_failed
-    found = summarise(after_warmup(finished.record, 1), link_bytes_per_s=1e9)
+    found = summarise(record_after(finished.record, 1), link_bytes_per_s=1e9)
     assert found["n_tokens"] == 3 and found["tokens_per_s"] > 0 and found["useful_bytes_per_token"] > 0
     assert pd.isna(found["stall_share"]) and pd.isna(found["transfer_share"])
 

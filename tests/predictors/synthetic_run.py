@@ -68,18 +68,22 @@ def make_run(n_sequences: int = 2, batch: int = 1, seed: int = 0) -> Run:
 
 
 def record(views: list[LayerView]) -> RoutingTrace:
-    """The routing trace of `views`."""
+    """The routing trace of `views`, with guesses for every lookahead: the truth, and nothing more."""
     forwards = [views[i : i + N_LAYERS] for i in range(0, len(views), N_LAYERS)]
     per_token = [(f[0].sequence, f[0].step, f[0].step > 0) for f in forwards for _ in f[0].token_ids]
     sequence, step, phase = (np.array(column) for column in zip(*per_token, strict=True))
+    topk_ids = torch.cat([torch.stack([v.topk_ids for v in f], 1) for f in forwards]).numpy()
+    nothing_resident = np.zeros((*topk_ids.shape[:2], N_EXPERTS), bool)
     return RoutingTrace(
         sequence.astype(np.int32),
         step.astype(np.int32),
         phase.astype(np.uint8),
         torch.cat([f[0].token_ids for f in forwards]).numpy().astype(np.int32),
-        torch.cat([torch.stack([v.topk_ids for v in f], 1) for f in forwards]).numpy().astype(np.uint16),
+        topk_ids.astype(np.uint16),
         torch.cat([torch.stack([v.topk_weights for v in f], 1) for f in forwards]).numpy().astype(np.float32),
         N_EXPERTS,
+        guesses={lookahead: topk_ids.astype(np.int16) for lookahead in range(1, N_LAYERS + 1)},
+        resident=dict.fromkeys(range(1, N_LAYERS + 1), nothing_resident),
     )
 
 
@@ -125,7 +129,7 @@ def check_contract(predictor: Predictor, run: Run) -> None:
         ahead = partial(layers_ahead, view.layer, n_layers=N_LAYERS, before_attention=predictor.before_attention)
         distances = [ahead(p.layer) for p in predictions]
         assert distances == sorted(set(distances)), f"layer {view.layer}: not nearest first, or one twice: {distances}"
-        farthest = getattr(predictor, "lookahead", N_LAYERS)
+        farthest = getattr(predictor, "lookahead", None) or N_LAYERS
         assert all(d <= farthest for d in distances), f"predicts {distances} layers ahead, its lookahead is {farthest}"
         for p in predictions:
             assert 0 <= p.layer < N_LAYERS

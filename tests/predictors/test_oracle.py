@@ -122,6 +122,8 @@ def test_refuses_a_trace_of_a_model_of_other_sizes() -> None:
         run.trace,
         topk_ids=np.ascontiguousarray(run.trace.topk_ids[:, 1:]),
         topk_weights=np.ascontiguousarray(run.trace.topk_weights[:, 1:]),
+        guesses={},
+        resident={},
     )
     with pytest.raises(TraceError, match=r"is \(3, 8, 2\), not \(4, 8, 2\)"):
         shown_other(dataclasses.replace(run, trace=trace), run)
@@ -139,7 +141,7 @@ def test_refuses_an_impossible_accuracy() -> None:
 
 def test_cannot_be_wrong_where_hardly_any_expert_is() -> None:
     run = make_run()
-    trace = dataclasses.replace(run.trace, topk_ids=run.trace.topk_ids % 3, n_experts=3)
+    trace = dataclasses.replace(run.trace, topk_ids=run.trace.topk_ids % 3, n_experts=3, guesses={}, resident={})
     oracle = Oracle(accuracy=0.5)
     oracle.use_trace(trace)
     with pytest.raises(ConfigError, match="too few wrong ones"):

@@ -23,6 +23,7 @@ import re, resource, sys
 from pathlib import Path
 import torch
 from prefetch.cache.slru import Slru
+from prefetch.compute.torch_experts import TorchExperts
 from prefetch.fast_tier import FastTier
 from prefetch.geometry import ExpertKey
 from prefetch.model import attach, load_offloaded
@@ -61,7 +62,7 @@ resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY,) * 2)  # it wo
 pool = SlotPool(store.geometry, 6)
 transfers = ThreadTransfers(DiskSource(store.path, store.offset, store.row_bytes), pool.buffer, n_threads=1, chunk_bytes=1 << 20)
 tier = FastTier(pool, Slru(2), transfers, staging=2, transient=2)
-runtime = OffloadRuntime(store.geometry, tier, GateReuse(), TopM(), store.read_expert)
+runtime = OffloadRuntime(store.geometry, tier, GateReuse(), TopM(), store.read_expert, TorchExperts(pool))
 model = load_offloaded(folder, torch.bfloat16)
 with attach(model, runtime):
     tokens = model.generate(torch.tensor([[1, 2, 3]]), attention_mask=torch.ones(1, 3), max_new_tokens=6, do_sample=False)

@@ -1,0 +1,84 @@
+"""Replay recorded routing under any link, machine, cache, predictor and planner: simulated, in seconds, without the model.
+
+    python -m experiments.replay trace=outputs/decode/RUN/trace_slru.safetensors machine=measured machine.run=outputs/decode/RUN
+    python -m experiments.replay trace=TRACE shape=qwen3_30b_a3b machine=pcie4_12gb cache.slots=0.25 predictor=previous_token
+    python -m experiments.replay --help
+
+The runtime is the one that decodes; only clock, transfers and computing differ (`prefetch/replay.py`). Every arm stands beside the
+bounds: no cache, an oracle, everything resident, Belady's hits, and what the link allows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import launch
+from experiments.after_warmup import counted_calls, trace_after
+from experiments.arms import compose_arms, roles
+from experiments.config import validate_replay
+from experiments.progress import progress_bar
+from experiments.provenance import provenance
+from experiments.replayed_arm import ReplayedArm, expert_bytes, read_trace, run_arm
+from experiments.results import BASELINE, BELADY, LINK_BOUND, ArmResult, Quality, Results
+from experiments.run_folder import write_folder
+from experiments.slot_budget import slot_budget
+from prefetch.cache.belady import belady_hits
+from prefetch.geometry import MoEGeometry
+from prefetch.link_bound import fewest_loads
+from prefetch.replay import geometry_of
+from prefetch.trace import RoutingTrace
+
+
+def main() -> None:
+    launch.run("replay", replay_arms)
+
+
+def replay_arms(cfg: DictConfig, folder: Path) -> None:
+    """Replay all arms of `cfg` and write results, tables, plots, timelines and traces to `folder`."""
+    validate_replay(cfg)
+    cfgs = compose_arms(cfg, validate_replay)
+    trace = read_trace(cfg)
+    geometry = geometry_of(trace, expert_bytes(cfg, trace))
+    with progress_bar("replaying", len(cfgs) * len(trace.forwards())) as advance:
+        runs = {name: run_arm(name, arm_cfg, trace, geometry, advance) for name, arm_cfg in cfgs.items()}
+    results = _results(cfg, cfgs, runs, trace, geometry)
+    write_folder(results, runs, folder, cfg.tracking, n_warmup=cfg.warmup_sequences, timeline_forwards=cfg.timeline_forwards)
+
+
+def _results(
+    cfg: DictConfig, cfgs: dict[str, DictConfig], runs: dict[str, ReplayedArm], trace: RoutingTrace, geometry: MoEGeometry
+) -> Results:
+    role_of = roles(cfgs)
+    baseline = next((name for name, role in role_of.items() if role == BASELINE), next(iter(cfgs)))
+    budget = slot_budget(cfgs[baseline], geometry)
+    counted = counted_calls(trace, cfg.warmup_sequences)
+    n_loads = fewest_loads(trace, budget.n_slots, cfg.warmup_sequences)
+    bounds = {
+        BELADY: belady_hits(trace.routing_events(), budget.capacity, counted).hit_rate,
+        LINK_BOUND: runs[baseline].link_bound(n_loads, cfg.warmup_sequences, geometry),
+    }
+    return Results(
+        config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
+        provenance=provenance(cfg.seed) | {"routing": trace.metadata, "costs": dataclasses.asdict(runs[baseline].costs)},
+        arms={
+            name: ArmResult(
+                role_of[name],
+                [run.figures(cfg.warmup_sequences)],
+                Quality.of(trace_after(run.trace, cfg.warmup_sequences)),
+                lossless=False,
+                emulated=False,
+            )
+            for name, run in runs.items()
+        },
+        bounds=bounds,
+        slots=budget.n_slots,
+        slots_fraction=budget.n_slots / geometry.n_total,
+        simulated=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""One arm of a replay: its trace, machine, cache, predictor and planner, and one run of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from experiments.after_warmup import counted_calls, record_after, trace_after
+from experiments.config import compose_policy
+from experiments.machines.base import Link, Machine
+from experiments.slot_budget import slot_budget
+from predictors.base import Predictor
+from predictors.none import NoPredictor
+from prefetch.accounting import summarise, violations
+from prefetch.clock import VirtualClock
+from prefetch.compute.timed_experts import TimedExperts
+from prefetch.costs import Costs
+from prefetch.errors import ConfigError, GatecastError, TraceError
+from prefetch.fast_tier import FastTier
+from prefetch.geometry import MoEGeometry
+from prefetch.planner.none import NoPrefetch
+from prefetch.recorder import Recorder, RunRecord
+from prefetch.replay import TimedPredictor, check_replayable, no_reading, replay
+from prefetch.runtime import OffloadRuntime
+from prefetch.slot_books import SlotBooks
+from prefetch.trace import RoutingTrace
+from prefetch.transfers.virtual import VirtualTransfers
+
+NOT_SIMULATED = ("ttft_s", "prefill_")  # prompts go through the caches, but the costs are those of few tokens
+
+
+@dataclass
+class ReplayedArm:
+    """One arm's run."""
+
+    record: RunRecord
+    recorder: Recorder
+    predictor_failed: bool
+    costs: Costs
+    link: Link
+
+    @cached_property
+    def trace(self) -> RoutingTrace:
+        """The routing, and what was guessed of it."""
+        return self.recorder.trace({})
+
+    def figures(self, n_warmup: int) -> dict[str, float]:
+        """The headline metrics of decoding, after the first sequences."""
+        found = summarise(record_after(self.record, n_warmup), self.link.bytes_per_s)
+        return {name: value for name, value in found.items() if not name.startswith(NOT_SIMULATED)}
+
+    def link_bound(self, n_loads: int, n_warmup: int, geometry: MoEGeometry) -> float:
+        """Tokens/s that no arm with these costs can exceed, over this link, where `n_loads` experts must be loaded at least."""
+        counted, costs = record_after(self.record, n_warmup), self.costs
+        calls, forwards = (table[table["phase"] == "decode"] for table in (counted.calls, counted.forwards))
+        computing_s = len(calls) * (costs.dense_s + costs.call_s) + int(calls["needed"].sum()) * costs.expert_s
+        n_chunks = -(-geometry.expert.row_bytes // self.link.chunk_bytes)
+        load_s = n_chunks * self.link.latency_s + geometry.expert.row_bytes / self.link.bytes_per_s
+        return float(forwards["n_tokens"].sum()) / max(computing_s, n_loads * load_s)
+
+
+def read_trace(cfg: DictConfig) -> RoutingTrace:
+    """The trace to replay, its sequences numbered from 0.
+
+    Raises:
+        TraceError: it cannot be read, or has too few sequences or decoded tokens.
+        ConfigError: `max_sequences` is impossible.
+    """
+    trace = RoutingTrace.load(Path(cfg.trace))
+    trace = dataclasses.replace(trace, sequence=np.unique(trace.sequence, return_inverse=True)[1].astype(np.int32))
+    if cfg.max_sequences is not None:
+        if cfg.max_sequences < 1:
+            raise ConfigError(f"max_sequences={cfg.max_sequences}: it must be at least 1, or null for all")
+        trace = trace_after(trace, 0, cfg.max_sequences)
+    n_sequences = int(trace.sequence.max(initial=-1)) + 1
+    if not any(counted_calls(trace, cfg.warmup_sequences)):
+        raise TraceError(
+            f"trace={cfg.trace}: no decoded token is left of its {n_sequences} sequences after warmup_sequences={cfg.warmup_sequences}"
+        )
+    return trace
+
+
+def run_arm(
+    name: str, cfg: DictConfig, trace: RoutingTrace, geometry: MoEGeometry, progress: Callable[[], None] = lambda: None
+) -> ReplayedArm:
+    """Replay `trace` once in the arm `name`, from an empty cache.
+
+    Raises:
+        ConfigError, PredictorError, CapacityError, ResultsError: the arm cannot be.
+    """
+    machine: Machine = instantiate(cfg.machine)
+    predictor = _predictor(cfg, trace)
+    predicts = not isinstance(predictor, NoPredictor)
+    costs, link = machine.costs(geometry, cfg.shape.dense_bytes, name if predicts else None), machine.the_link()
+    clock = VirtualClock()
+    budget = slot_budget(cfg, geometry)
+    tier = FastTier(
+        SlotBooks(geometry, budget.n_slots),
+        compose_policy(cfg.cache, budget.capacity, geometry.n_layers),
+        VirtualTransfers(clock, row_bytes=geometry.expert.row_bytes, **dataclasses.asdict(link)),
+        staging=budget.staging,
+        transient=budget.transient,
+        policy_admits=cfg.cache.prefetch_admission == "policy",
+    )
+    planner = instantiate(cfg.planner) if predicts or "cpu_fallback" in cfg.planner._target_ else NoPrefetch()
+    shown = TimedPredictor(predictor, clock, costs.predictor_s) if predicts else predictor
+    runtime = OffloadRuntime(geometry, tier, shown, planner, no_reading, TimedExperts(clock, costs), clock)
+    with torch.inference_mode():
+        replay(runtime, trace, clock, costs, progress)
+    record = runtime.record()
+    broken = violations(record)
+    if broken:
+        raise GatecastError(f"arm {name}: the run's books do not balance: {'; '.join(broken)}")
+    failed = predicts and isinstance(runtime.predictor, NoPredictor)
+    return ReplayedArm(record, runtime.recorder, failed, costs, link)
+
+
+def _predictor(cfg: DictConfig, trace: RoutingTrace) -> Predictor:
+    predictor: Predictor = instantiate(cfg.predictor)
+    check_replayable(predictor)
+    if hasattr(predictor, "use_trace"):
+        predictor.use_trace(trace)
+    return predictor
+
+
+def expert_bytes(cfg: DictConfig, trace: RoutingTrace) -> int:
+    """Of one expert, as `cfg.shape` or else the trace says.
+
+    Raises:
+        ConfigError: neither does.
+    """
+    n_bytes = cfg.shape.expert_bytes if cfg.shape.expert_bytes is not None else trace.row_bytes
+    if n_bytes is None:
+        raise ConfigError(f"trace={cfg.trace} does not say how large an expert is: set shape.expert_bytes, or choose a shape")
+    if n_bytes < 1:
+        raise ConfigError(f"shape.expert_bytes={n_bytes}: it must be at least 1")
+    return int(n_bytes)
