@@ -17,7 +17,7 @@ class VirtualTransfer(Transfer):
     """A transfer over a virtual link. Times are those of the link's clock; what is read here holds at its present.
 
     Attributes:
-        handed_out_bytes: chunks that have begun; all of them from a cancellation on, since none will begin any more.
+        handed_out_bytes: of the chunks that have begun; `n_bytes` once it is cancelled, since none will begin any more.
     """
 
     __slots__ = (
@@ -101,10 +101,11 @@ class VirtualTransfers(Transfers):
             raise ConfigError(f"machine.link.chunk_bytes is {chunk_bytes}; at least 1 is right")
         self.clock, self.row_bytes, self.chunk_bytes = clock, row_bytes, chunk_bytes
         self.bytes_per_s, self.latency_s = bytes_per_s, latency_s
-        # What has been cancelled or promoted stays in its queue until it comes to the front, where it is passed over.
+        # Whatever has no chunks left stays in its queue until it comes to the front. What was promoted is in both: it has no chunks
+        # left when a prefetch's turn comes, since the demand loads went first.
         self._demands: deque[VirtualTransfer] = deque()
         self._prefetches: deque[VirtualTransfer] = deque()
-        self._under_way: VirtualTransfer | None = None  # on the link, with a chunk of
+        self._under_way: VirtualTransfer | None = None  # has a chunk on the link
         self._under_way_bytes = 0
         self._due_s = inf  # when that chunk arrives
         self._queued_bytes = 0
@@ -125,10 +126,8 @@ class VirtualTransfers(Transfers):
     def promote(self, transfer: Transfer) -> None:
         self.catch_up()
         promoted = cast(VirtualTransfer, transfer)
-        if promoted.demand or promoted.finished_s_:
-            return
-        promoted.demand = True
-        if promoted.handed_out_bytes < promoted.n_bytes:
+        if not promoted.demand and not promoted.finished_s_:
+            promoted.demand = True
             self._demands.append(promoted)
 
     def cancel(self, transfer: Transfer) -> None:
@@ -160,7 +159,6 @@ class VirtualTransfers(Transfers):
             if arrived.finished_s_ and arrived in waited:
                 break
         self.clock.advance_to(due_s)
-        self.catch_up()  # on a link without latency or limit more may be due at the same instant
         return [transfer for transfer in waited if transfer.finished_s_]
 
     @property
@@ -170,13 +168,12 @@ class VirtualTransfers(Transfers):
 
     def close(self) -> None:
         """Cancel everything. A chunk under way arrives at once, as over an `EmulatedLink` that is cut."""
-        self.catch_up()
         self._closed = True
+        for transfer in (*self._demands, *self._prefetches):  # what is on the link is still at the front of its queue
+            self.cancel(transfer)
         if self._under_way is not None:
-            for transfer in (self._under_way, *self._demands, *self._prefetches):
-                self.cancel(transfer)
             self._due_s = self.clock()
-        self.catch_up()
+            self.catch_up()
 
     def catch_up(self) -> None:
         """Do what the link has done until now."""
@@ -209,13 +206,10 @@ class VirtualTransfers(Transfers):
 
     def _next_transfer(self) -> VirtualTransfer | None:
         """The first demand load with chunks left, else the first such prefetch."""
-        demands, prefetches = self._demands, self._prefetches
-        while demands:
-            if demands[0].handed_out_bytes < demands[0].n_bytes:
-                return demands[0]
-            demands.popleft()
-        while prefetches:
-            if prefetches[0].handed_out_bytes < prefetches[0].n_bytes and not prefetches[0].demand:
-                return prefetches[0]
-            prefetches.popleft()
+        for queue in (self._demands, self._prefetches):
+            while queue:
+                first = queue[0]
+                if first.handed_out_bytes < first.n_bytes:
+                    return first
+                queue.popleft()
         return None

@@ -90,6 +90,38 @@ def test_what_is_due_now_has_arrived_and_the_next_has_begun():
     assert transfers.wait_any([demand]) == [demand] and times(demand) == (CHUNK_S, 2 * CHUNK_S, 3 * CHUNK_S)
 
 
+@pytest.mark.parametrize(
+    ("what", "seen"),
+    [("state", TransferState.DONE), ("settled", True), ("moved_bytes", ROW), ("started_s", START_S + ROW_S), ("finished_s", START_S + 2 * ROW_S)],
+)  # fmt: skip
+def test_every_look_is_at_the_present(what, seen):
+    clock, transfers = start()
+    transfers.submit(KEY, 0, demand=True)
+    second = transfers.submit(KEY, 1, demand=True)
+    clock.advance(2 * ROW_S)
+    assert getattr(second, what) == seen
+
+
+@pytest.mark.parametrize("looked_at", [True, False])
+def test_looking_changes_nothing(looked_at):
+    """What is promoted, cancelled or closed after a while meets a link that has moved on meanwhile."""
+    clock, transfers = start()
+    first, second, third = (transfers.submit(KEY, slot, demand=False) for slot in range(3))
+    acts = [
+        lambda: transfers.promote(second),  # during the second chunk of the first
+        lambda: transfers.promote(first),  # during the first chunk of the second
+        lambda: transfers.cancel(second),  # during its second chunk
+        transfers.close,  # during the first chunk of the third
+    ]
+    for act in acts:
+        clock.advance(1.5)
+        assert not looked_at or not third.settled
+        act()
+    assert times(second) == (0.0, 2 * CHUNK_S, 4 * CHUNK_S) and look(second) == (TransferState.CANCELLED, 2 * CHUNK)
+    assert times(first) == (0.0, 0.0, 4 * CHUNK_S + 0.75) and look(first) == (TransferState.DONE, ROW)
+    assert times(third) == (0.0, 4 * CHUNK_S + 0.75, 6.0) and look(third) == (TransferState.CANCELLED, CHUNK)
+
+
 def test_promoted_prefetches_go_to_the_end_of_the_demands():
     clock, transfers = start()
     running, queued, last = (transfers.submit(KEY, slot, demand=False) for slot in range(3))
