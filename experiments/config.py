@@ -136,26 +136,41 @@ class ShapeConfig:
 
 
 @dataclass
-class ReplayConfig:
+class ReplayedConfig:
+    """What is common to programs that replay a trace."""
+
     trace: str = MISSING
-    run: str | None = None
     shape: ShapeConfig = field(default_factory=ShapeConfig)
     machine: Any = MISSING
     cache: Any = MISSING
-    predictor: Any = MISSING
     planner: Any = MISSING
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    arms: dict[str, Any] = field(default_factory=dict)
     warmup_sequences: int = 1
     max_sequences: int | None = None
     seed: int = 0
+
+
+@dataclass
+class ReplayConfig(ReplayedConfig):
+    predictor: Any = MISSING
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    arms: dict[str, Any] = field(default_factory=dict)  # as in DecodeConfig
+    run: str | None = None
     timeline_forwards: int = 24
+
+
+@dataclass
+class BreakEvenConfig(ReplayedConfig):
+    links: list[float] = MISSING
+    accuracies: list[float] = MISSING
+    slots: list[float] = MISSING
+    lookahead: int = 1
 
 
 def register() -> None:
     """Make the typed schemas known to Hydra, and how a sweep names its jobs' folders."""
     ConfigStore.instance().store(name="decode_schema", node=DecodeConfig)
     ConfigStore.instance().store(name="replay_schema", node=ReplayConfig)
+    ConfigStore.instance().store(name="break_even_schema", node=BreakEvenConfig)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 
 
@@ -205,15 +220,14 @@ def validate(cfg: DictConfig) -> None:
 
 
 def validate_replay(cfg: DictConfig) -> None:
-    """Likewise, of a replay.
+    """Likewise, of a program that replays a trace.
 
     Raises:
         ConfigError: naming the option at fault and what would be right.
     """
-    _check_choices(
-        cfg, {option: choices for option, choices in CHOICES.items() if option.split(".")[0] in ("cache", "tracking")}
-    )
-    _check_whole_numbers(cfg, {"warmup_sequences": 0, "timeline_forwards": 0})
+    choices_of = {option: choices for option, choices in CHOICES.items() if option.split(".")[0] in cfg}
+    _check_choices(cfg, choices_of)
+    _check_whole_numbers(cfg, {"warmup_sequences": 0, **({"timeline_forwards": 0} if "timeline_forwards" in cfg else {})})
     _check_plug_ins(cfg)
     _check_knobs("machine", cfg.machine)
     if cfg.cache.preload != "none":
@@ -238,7 +252,8 @@ def _check_plug_ins(cfg: DictConfig) -> None:
     """Cache, predictor and planner, whatever else a program has."""
     _check_whole_numbers(cfg, {"cache.staging": 0, "cache.transient": 1})
     _check_knobs("cache", cfg.cache, given=("capacity",), common=CACHE_COMMON)
-    _check_knobs("predictor", cfg.predictor)
+    if "predictor" in cfg:
+        _check_knobs("predictor", cfg.predictor)
     _check_knobs("planner", cfg.planner)
     if cfg.cache.prefetch_admission == "policy" and not get_class(cfg.cache._target_).admits_prefetch:
         raise ConfigError(

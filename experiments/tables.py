@@ -133,15 +133,16 @@ def _link_bound(results: Results) -> Cells:
 def _speed(results: Results, name: str, arm: ArmResult) -> Cells:
     ratio = _range(_ratio(results, arm), "{:.2f}")
     same = arm is not results.baseline() and ratio != NOT_MEASURED and not _differs(results, arm)
-    return {
+    cells = {
         "arm": _label(results, name, arm),
         "tokens/s": _range(spread(arm.values("tokens_per_s")), "{:.1f}"),
         f"× {_baseline_name(results)}": ratio + (" ≈" if same else ""),
         "oracle's\ngain %": _range(_share(results, arm), "{:.0f}", 100),
         "TPOT ms\np50 / p95": _medians(arm, ("tpot_median_s", "tpot_p95_s"), "{:.1f}", 1e3),
-        "TTFT\ns": _medians(arm, ("ttft_s",), "{:.2f}"),
-        "lossless": NOT_MEASURED if results.simulated else "✓" if arm.lossless else "✗",
     }
+    if results.simulated:
+        return cells
+    return cells | {"TTFT\ns": _medians(arm, ("ttft_s",), "{:.2f}"), "lossless": "✓" if arm.lossless else "✗"}
 
 
 def _traffic_rows(results: Results) -> list[Cells]:

@@ -1,0 +1,223 @@
+"""Break-even maps: from which link and which accuracy of guesses on does prefetch pay? Simulated, by replaying one trace many times.
+
+    python -m experiments.break_even trace=outputs/decode/RUN/trace_slru.safetensors machine=measured machine.run=outputs/decode/RUN
+    python -m experiments.break_even trace=TRACE shape=gpt_oss_20b machine=pcie4_12gb 'links=[10e9,25e9,50e9]' 'slots=[0.25,0.5]'
+
+For every budget and link: the cache alone, then an oracle that names each true expert with a given probability, and the link's own bound.
+Your predictor's recall@k (`experiments.accuracy`) is where to read the map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from joblib import Parallel, delayed
+from omegaconf import DictConfig, OmegaConf
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments import launch
+from experiments.atomic import write_json, write_text
+from experiments.break_even_map import draw
+from experiments.config import validate_replay
+from experiments.progress import progress_bar
+from experiments.provenance import provenance
+from experiments.replayed_arm import expert_bytes, read_trace, run_arm
+from experiments.slot_budget import slot_budget
+from prefetch.errors import ConfigError
+from prefetch.geometry import MoEGeometry
+from prefetch.link_bound import fewest_loads
+from prefetch.replay import geometry_of
+from prefetch.trace import RoutingTrace
+
+WORTH_IT = 1.3  # times the cache alone: what the field asks prefetch for
+NO_PREDICTOR = {"_target_": "predictors.none.NoPredictor"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One replay of the map; accuracy None is the cache alone."""
+
+    slots: float
+    link_bytes_per_s: float
+    accuracy: float | None
+
+
+def main() -> None:
+    launch.run("break_even", break_even)
+
+
+def break_even(cfg: DictConfig, folder: Path) -> None:
+    """Replay all points of `cfg`, and write table, map and thresholds to `folder`."""
+    check(cfg)
+    trace = read_trace(cfg)
+    geometry = geometry_of(trace, expert_bytes(cfg, trace))
+    points = [Point(*where) for where in product(cfg.slots, map(float, cfg.links), [None, *cfg.accuracies])]
+    rows = []
+    with progress_bar("replaying", len(points)) as advance:
+        for row in replayed(cfg, points, trace, geometry):
+            rows.append(row)
+            advance()
+    table = speed_ups(pd.DataFrame(rows))
+    folder.mkdir(parents=True, exist_ok=True)
+    found = thresholds(table)
+    write_text(folder / "break_even.csv", table.to_csv(index=False, float_format="%.6g"))
+    draw(table, title(cfg), folder / "break_even.png")
+    config = OmegaConf.to_container(cfg, resolve=True)
+    said = provenance(cfg.seed) | {"routing": trace.metadata}
+    write_json(
+        folder / "break_even.json",
+        {"simulated": True, "config": config, "provenance": said, "thresholds": found.to_dict("records")},
+    )
+    Console().print(rich_thresholds(found, title(cfg)))
+    launch.say(f"results: {folder}")
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise ConfigError, naming the option, unless the map can be drawn."""
+    validate_replay(cfg)
+    for option in ("links", "accuracies", "slots"):
+        values = cfg[option]
+        if not OmegaConf.is_list(values) or not len(values) or not all(isinstance(v, int | float) for v in values):
+            raise ConfigError(f"{option}={values}: it must be a list of numbers")
+        if list(values) != sorted(set(values)) or len(values) < (1 if option == "slots" else 2):
+            raise ConfigError(f"{option}={list(values)}: it must rise, without repeats, from one end of the map to the other")
+    if not all(0 <= accuracy <= 1 for accuracy in cfg.accuracies):
+        raise ConfigError(f"accuracies={list(cfg.accuracies)}: each must be from 0 to 1")
+
+
+def replayed(
+    cfg: DictConfig, points: Sequence[Point], trace: RoutingTrace, geometry: MoEGeometry
+) -> Iterator[dict[str, float]]:
+    """The figures of every point, in order; as many at once as there are processors to use."""
+    n_jobs = 1 if len(points) < 8 else -1
+    work = (delayed(figures)(configured(cfg, point), point, trace, geometry) for point in points)
+    yield from Parallel(n_jobs=n_jobs, return_as="generator")(work)
+
+
+def configured(cfg: DictConfig, point: Point) -> DictConfig:
+    """`cfg` at one point of the map."""
+    oracle = {"_target_": "predictors.oracle.Oracle", "accuracy": point.accuracy, "lookahead": cfg.lookahead, "seed": cfg.seed}
+    at_point = cfg.copy()
+    OmegaConf.set_struct(at_point, False)
+    at_point.predictor = NO_PREDICTOR if point.accuracy is None else oracle
+    at_point.cache.slots = point.slots
+    link = dict(at_point.machine.link or {})
+    at_point.machine.link = link | {"bytes_per_s": point.link_bytes_per_s}
+    return at_point
+
+
+def figures(cfg: DictConfig, point: Point, trace: RoutingTrace, geometry: MoEGeometry) -> dict[str, float]:
+    """One replay: what it found, and the bound of its link."""
+    run = run_arm("oracle", cfg, trace, geometry)
+    found = run.figures(cfg.warmup_sequences)
+    n_slots = slot_budget(cfg, geometry).n_slots
+    bound = run.link_bound(fewest_loads(trace, n_slots, cfg.warmup_sequences), cfg.warmup_sequences, geometry)
+    costs, row_bytes = run.costs, geometry.expert.row_bytes
+    layer_s = costs.dense_s + costs.call_s + geometry.top_k * costs.expert_s
+    names = ("tokens_per_s", "stall_share", "hit_rate", "late_rate", "miss_rate", "wasted_bytes_per_token")
+    return {
+        "slots": point.slots,
+        "link_bytes_per_s": point.link_bytes_per_s,
+        "load_per_layer": row_bytes / point.link_bytes_per_s / layer_s,
+        "accuracy": np.nan if point.accuracy is None else point.accuracy,
+        **{name: found[name] for name in names},
+        "bound_tokens_per_s": bound,
+    }
+
+
+def speed_ups(table: pd.DataFrame) -> pd.DataFrame:
+    """The points with guesses, each beside the cache alone at the same link and slots: `ratio`, and `bound` on it."""
+    where = ["slots", "link_bytes_per_s"]
+    alone = table[table["accuracy"].isna()].set_index(where)["tokens_per_s"].rename("alone_tokens_per_s")
+    guessed = table[table["accuracy"].notna()].join(alone, on=where)
+    return guessed.assign(
+        ratio=guessed["tokens_per_s"] / guessed["alone_tokens_per_s"],
+        bound=guessed["bound_tokens_per_s"] / guessed["alone_tokens_per_s"],
+    )
+
+
+def thresholds(table: pd.DataFrame) -> pd.DataFrame:
+    """Per slots and link: from which accuracy on prefetch gains anything, and WORTH_IT; NaN where it never does."""
+    rows = []
+    for (slots, link), group in table.groupby(["slots", "link_bytes_per_s"], sort=True):
+        group = group.sort_values("accuracy")
+        accuracy, ratio = group["accuracy"].to_numpy(), group["ratio"].to_numpy()
+        rows.append(
+            {
+                "slots": slots,
+                "link_bytes_per_s": link,
+                "load_per_layer": group["load_per_layer"].iloc[0],
+                "alone_tokens_per_s": group["alone_tokens_per_s"].iloc[0],
+                "pays_from": crossing(accuracy, ratio, 1.0),
+                "worth_it_from": crossing(accuracy, ratio, WORTH_IT),
+                "best_ratio": ratio.max(),
+                "bound": group["bound"].iloc[0],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def crossing(accuracy: Sequence[float] | np.ndarray, ratio: Sequence[float] | np.ndarray, level: float) -> float:
+    """The least accuracy from which on `ratio` stays above `level`, between points by a straight line; NaN if it is not above it in the end."""
+    if not ratio[-1] > level:
+        return np.nan
+    above = float(accuracy[-1])
+    for (lower, low), (upper, high) in reversed(list(pairwise(zip(accuracy, ratio, strict=True)))):
+        if low > level:
+            above = float(lower)
+            continue
+        return float(lower + (upper - lower) * (level - low) / (high - low))
+    return above
+
+
+def title(cfg: DictConfig) -> str:
+    """What is shown, and that it is simulated."""
+    policy = cfg.cache._target_.rsplit(".", 1)[1].lower()
+    return f"prefetch against {policy} alone, simulated: routing of {Path(cfg.trace).name}, sizes {cfg.shape.name}"
+
+
+def rich_thresholds(found: pd.DataFrame, heading: str) -> Table:
+    """The thresholds for a terminal."""
+    table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = (
+        "slots\n%",
+        "link\nGB/s",
+        "load /\nlayer",
+        "alone\ntokens/s",
+        "pays from\nrecall %",
+        f"{WORTH_IT} × from\nrecall %",
+        "best\n×",
+        "bound\n×",
+    )
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in found.to_dict("records"):
+        table.add_row(*cells(row))
+    return table
+
+
+def cells(row: dict[Any, float]) -> list[str]:
+    """One row of thresholds as text."""
+    pays, worth = (("never" if np.isnan(row[name]) else f"{100 * row[name]:.0f}") for name in ("pays_from", "worth_it_from"))
+    return [
+        f"{100 * row['slots']:.0f}",
+        f"{row['link_bytes_per_s'] / 1e9:g}",
+        f"{row['load_per_layer']:.2f}",
+        f"{row['alone_tokens_per_s']:.1f}",
+        pays,
+        worth,
+        f"{row['best_ratio']:.2f}",
+        f"{row['bound']:.2f}",
+    ]
+
+
+if __name__ == "__main__":
+    main()
