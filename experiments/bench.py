@@ -31,11 +31,13 @@ from experiments import launch
 from experiments.arm import run_arm, runtime
 from experiments.atomic import write_json
 from experiments.backend import build_source, refuse_gpu
+from experiments.bench_tables import rich_bench
 from experiments.config import repository_path
 from experiments.decode import decode_arms
 from experiments.expert_store import refuse_quantised
 from experiments.generation import divergences, generate
 from experiments.link_rate import measured_bytes_per_s
+from experiments.progress import with_progress
 from experiments.provenance import provenance
 from experiments.workload import Batch, load_batches
 from prefetch.accounting import summarise
@@ -48,7 +50,6 @@ from prefetch.transfers.threads import ThreadTransfers
 REPEATS = 7
 OVERLAP_REPEATS = 5
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")  # transformers' own, of which the fastest counts
-console = Console(stderr=True)
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def main() -> None:
 
 
 def bench(cfg: DictConfig, folder: Path) -> None:
-    """All parts, each announced; writes `bench.json` to `folder`."""
+    """All parts, each announced; writes `bench.json` to `folder` and shows its figures beside their targets."""
     refuse_quantised(cfg.model, "experiments.bench")
     refuse_gpu(cfg.backend, "experiments.bench")
     torch.set_num_threads(cfg.backend.n_threads)
@@ -84,22 +85,22 @@ def bench(cfg: DictConfig, folder: Path) -> None:
         "overhead": lambda: overhead(model_folder, arms["resident"], batches[0]),
     }
     found: dict[str, Any] = {"provenance": provenance(cfg.seed, _store(model_folder, torch.float32, cfg).path)}
-    for name, part in parts.items():
-        console.print(f"[bold]{name}[/bold] ...")
+    for position, (name, part) in enumerate(parts.items(), start=1):
+        launch.say(f"{position} of {len(parts)}: {name}")
         found[name] = part()
-        console.print(found[name])
     write_json(folder / "bench.json", found)
+    Console().print(rich_bench(found))
     launch.say(f"results: {folder / 'bench.json'}")
 
 
 def exactness(folder: Path, dtype: torch.dtype, arm: DictConfig, batches: list[Batch], new_tokens: int) -> dict[str, Any]:
     """Greedy tokens of an offloaded run against the unmodified model; where they part, how close the two best logits were."""
     reference_model = _plain(folder, dtype, "eager")
-    reference = [generate(reference_model, batch.token_ids, new_tokens) for batch in batches]
+    reference = [generate(reference_model, batch.token_ids, new_tokens) for batch in with_progress("unmodified model", batches)]
     store = _store(folder, dtype, arm)
     model = load_offloaded(folder, dtype)
     with runtime(arm, store, None) as served, attach(model, served):
-        ours = [generate(model, batch.token_ids, new_tokens) for batch in batches]
+        ours = [generate(model, batch.token_ids, new_tokens) for batch in with_progress("offloaded", batches)]
     parted = divergences(reference, ours, torch.finfo(dtype).eps)
     return {
         "tokens_compared": sum(g.tokens.numel() for g in reference),
@@ -160,7 +161,7 @@ def transfer_rate(arm: DictConfig, store: ExpertStore) -> dict[str, Any]:
     transfers = ThreadTransfers(source, pool.buffer, n_threads=arm.tier.n_threads, chunk_bytes=arm.tier.chunk_bytes)
     keys = [ExpertKey(*divmod(i * 37 % store.geometry.n_total, store.geometry.n_experts)) for i in range(256)]
     try:
-        for _ in range(REPEATS):
+        for _ in with_progress("transfers", range(REPEATS)):
             bare.append(measured_bytes_per_s(source, store.geometry, arm.tier.n_threads))
             started = time.perf_counter()
             _move_all(transfers, keys, n_slots)
@@ -196,7 +197,7 @@ def overlap(folder: Path, oracle: DictConfig, resident: DictConfig, batches: lis
     model, store = load_offloaded(folder, torch.float32), _store(folder, torch.float32, oracle)
     first = run_arm(resident, model, store, batches, None, {})
     rows = []
-    for _ in range(OVERLAP_REPEATS):
+    for _ in with_progress("overlap", range(OVERLAP_REPEATS)):
         alone = summarise(run_arm(resident, model, store, batches, None, {}).record)
         found = summarise(run_arm(oracle, model, store, batches, first.trace, {}).record)
         wall_s, alone_s = (part["wall_s"] / part["n_tokens"] for part in (found, alone))
@@ -241,7 +242,7 @@ def _interleaved(
 ) -> dict[str, list[float]]:
     """Median seconds per decode step of each model, once per repeat, the models taking turns; `before_step` is not timed."""
     found: dict[str, list[float]] = {name: [] for name in models}
-    for repeat in range(-1, repeats):  # the first turn warms up
+    for repeat in with_progress(", ".join(models), range(-1, repeats)):  # the first turn warms up
         for name, model in models.items():
             tpot_s = statistics.median(_decode_steps_s(model, batch, new_tokens, before_step.get(name)))
             if repeat >= 0:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 from experiments.atomic import write_text
+from experiments.bench_tables import markdown_bench
 from experiments.results import Results
 from experiments.tables import markdown_comparison
 from prefetch.errors import GatecastError, ResultsError
@@ -60,7 +60,7 @@ def pages(records: Path, repository: Path) -> dict[Path, str]:
     """The pages of `repository` with the figures of `records` between their markers."""
     blocks = {name: markdown_comparison(Results.load(records / name)) for name in COMPARISONS}
     bench = _read_bench(records / "bench" / "bench.json")
-    blocks |= {"conditions": conditions(bench["provenance"]), "bench": bench_table(bench)}
+    blocks |= {"conditions": conditions(bench["provenance"]), "bench": markdown_bench(bench)}
     speed = {"slots_25": blocks["slots_25"].split("\n\n**Guesses")[0]}
     results, readme = repository / "docs" / "results.md", repository / "README.md"
     return {results: filled(results, blocks), readme: filled(readme, speed)}
@@ -89,76 +89,6 @@ def conditions(provenance: dict[str, Any]) -> str:
         f"{hardware['system']}, experts on {provenance['storage']['file_system']}; {packages}; "
         f"commit {str(provenance['git']['commit'])[:12]}{' with changes' if provenance['git']['dirty'] else ''}, {provenance['time'][:10]}."
     )
-
-
-def bench_table(bench: dict[str, Any]) -> str:
-    """The figures of `experiments.bench` beside their targets, and where the runtime's own time goes."""
-    exact, rounded, resident = bench["exactness_float32"], bench["exactness_bfloat16"], bench["resident_speed"]
-    tpot_s, fastest = resident["tpot_s"], resident["fastest_of_transformers"]
-    rows = [
-        ("tokens equal to unmodified transformers, fp32, greedy", _equal(exact), "all"),
-        (
-            "the same in bf16",
-            f"{rounded['sequences_that_diverge']} of {rounded['sequences']} sequences part at some step, "
-            f"{rounded['divergences_beyond_rounding']} beyond rounding (largest margin {rounded['largest_margin_at_a_divergence']:.3g})",
-            "only within rounding",
-        ),
-        (
-            "all resident: time per token",
-            f"{_ms(tpot_s['gatecast'])}; transformers' fastest ({fastest}) {_ms(tpot_s[fastest])}: ratio {resident['ratio_median']:.2f}",
-            "<= 1.05",
-        ),
-        *(_against_accelerate(bench["accelerate_disk_offload"][how], label) for how, label in ACCELERATE.items()),
-        (
-            "queued transfers against bare reads by as many threads",
-            f"{_gb(bench['transfers']['transfers_bytes_per_s'])} against {_gb(bench['transfers']['bare_bytes_per_s'])} GB/s: "
-            f"{bench['transfers']['share_median']:.0%}",
-            ">= 85 %",
-        ),
-        (
-            "oracle's time per token, against the longer of moving and computing",
-            f"{bench['overlap']['to_own_median']:.2f} x with computing as in the same run, {bench['overlap']['to_resident_median']:.2f} x with "
-            "computing as with everything resident",
-            "<= 1.15",
-        ),
-        (
-            "runtime overhead per layer call, no miss, no predictor",
-            f"{bench['overhead']['overhead_us_median']:.0f} us beside {bench['overhead']['expert_us_median']:.0f} us of expert arithmetic",
-            "shown",
-        ),
-    ]
-    table = ["| what | measured | target |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
-    profile = [
-        f"| `{row['function']}` | {row['self_us_per_call']:.1f} | {row['calls']} |"
-        for row in bench["overhead"]["profile_self_time"][:6]
-    ]
-    return "\n".join([*table, "", PROFILE_CAPTION, "", "| function | us per call | calls |", "|---|---|---|", *profile])
-
-
-ACCELERATE = {"page_cache": "its files in the page cache", "from_disk": "its files read from the disk"}
-PROFILE_CAPTION = "The runtime's own functions that take most of a profiled decode (self time; profiling inflates it):"
-
-
-def _against_accelerate(found: dict[str, Any], label: str) -> tuple[str, str, str]:
-    tpot_s = found["tpot_s"]
-    return (
-        f"gate reuse at 25 % slots against accelerate's disk offload of the experts, {label}",
-        f"{_ms(tpot_s['gatecast'])} against {_ms(tpot_s['accelerate'])}: {found['speed_up_median']:.1f} x",
-        ">= 5 x",
-    )
-
-
-def _equal(exact: dict[str, Any]) -> str:
-    total = exact["tokens_compared"]
-    return f"{total} of {total}" if not exact["sequences_that_diverge"] else f"{exact['sequences_that_diverge']} sequences part"
-
-
-def _ms(seconds: list[float]) -> str:
-    return f"{statistics.median(seconds) * 1e3:.2f} [{min(seconds) * 1e3:.2f}, {max(seconds) * 1e3:.2f}] ms"
-
-
-def _gb(bytes_per_s: list[float]) -> str:
-    return f"{statistics.median(bytes_per_s) / 1e9:.2f}"
 
 
 def _read_bench(path: Path) -> dict[str, Any]:
