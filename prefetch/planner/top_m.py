@@ -31,6 +31,8 @@ class TopM(Planner):
             value = getattr(self, option)
             if value is not None and value < lowest:
                 raise ConfigError(f"planner.{option}={value}: it must be at least {lowest}")
+        if not 0 <= self.min_useful_share <= 1:
+            raise ConfigError(f"planner.min_useful_share={self.min_useful_share}: it must be a share, from 0 to 1")
 
     def bind(self, geometry: MoEGeometry) -> None:
         """Resolve `m` against the model."""

@@ -117,8 +117,9 @@ def test_nothing_is_predicted_once_every_expert_is_on_board(tiny_qwen3: Path, pa
 
 
 def test_prefetches_that_are_only_considered_move_nothing_and_are_judged(tiny_qwen3: Path, pack_dir: Path) -> None:
-    planner = TopM(min_useful_share=2.0)  # never reached
+    planner = TopM(min_useful_share=1.0)
     with offloaded(tiny_qwen3, pack_dir, Setting(predictor=GateReuse(), planner=planner)) as (model, runtime):
+        runtime.tier.useful_share = 0.0  # as if all before had been wasted: 1 is never reached again
         decode(model)
         runtime.finish()
         trace, record = runtime.recorder.trace({}), runtime.record()

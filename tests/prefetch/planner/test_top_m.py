@@ -91,6 +91,12 @@ def test_refuses_impossible_knobs(option: str, value: int) -> None:
         TopM(**{option: value})
 
 
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_refuses_what_is_no_share(share: float) -> None:
+    with pytest.raises(ConfigError, match=f"planner.min_useful_share={share}: it must be a share, from 0 to 1"):
+        TopM(min_useful_share=share)
+
+
 def test_holds_back_while_prefetches_are_mostly_wasted_and_says_what_it_would_have_done() -> None:
     planner = TopM(min_useful_share=0.4)
     planner.bind(MoEGeometry(4, 8, 2, ExpertGeometry(16, 16, torch.float32)))
