@@ -134,7 +134,8 @@ def _held(cfg: DictConfig, traces: list[RoutingTrace], model: ModelView, geometr
         policy_name, *knobs = description.split()
         given = [f"+model.path={cfg.model.path}", *(f"cache.{knob}" for knob in knobs)]
         cache = compose(overrides=[f"+cache={policy_name}", *given]).cache
-        policy = compose_policy(cache, parse_slots(cache.slots, geometry), geometry.n_layers)
+        n_slots = parse_slots(cache.slots, geometry, f"caches.{name}: slots")
+        policy = compose_policy(cache, n_slots, geometry.n_layers)
         warm_start(policy, preload_order(cache, model))
         found[name] = all_snapshots(policy, traces)
     return found

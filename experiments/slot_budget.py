@@ -34,7 +34,7 @@ def slot_budget(cfg: DictConfig, geometry: MoEGeometry) -> SlotBudget:
     """
     if is_kind(cfg.cache, Resident):
         return SlotBudget(geometry.n_total, geometry.n_total, 0, 0)
-    n_slots = parse_slots(cfg.cache.slots, geometry)
+    n_slots = parse_slots(cfg.cache.slots, geometry, "cache.slots")
     if n_slots < geometry.top_k:
         raise CapacityError(
             f"cache.slots={cfg.cache.slots} gives {n_slots} slots, but one token needs {geometry.top_k} experts per layer: "

@@ -54,7 +54,7 @@ class SlotPool(SlotBooks):
         return self._operands[slot]()
 
 
-def parse_slots(spec: int | float | str, geometry: MoEGeometry) -> int:
+def parse_slots(spec: int | float | str, geometry: MoEGeometry, option: str) -> int:
     """How many slots a capacity means.
 
     Args:
@@ -62,15 +62,16 @@ def parse_slots(spec: int | float | str, geometry: MoEGeometry) -> int:
             string either of them or bytes: "12GB" (10^9), "512MiB" (2^20). Bytes are a budget: more than all
             experts need means all experts.
         geometry: the model's experts.
+        option: where the user wrote it, for the error.
 
     Raises:
-        CapacityError: anything else, less than one slot, or more than all experts.
+        CapacityError: anything else, less than one slot, or more than all experts; naming `option`.
     """
     if isinstance(spec, str):
-        return _parse_text(spec.strip(), geometry)
+        return _parse_text(spec.strip(), geometry, option)
     if isinstance(spec, bool) or not isinstance(spec, int | float):
-        raise CapacityError(f"cache.slots={spec} is not {CAPACITY_FORMS}")
-    return _from_count(spec, geometry) if isinstance(spec, int) else _from_fraction(spec, geometry)
+        raise CapacityError(f"{option}={spec} is not {CAPACITY_FORMS}")
+    return _from_count(spec, geometry, option) if isinstance(spec, int) else _from_fraction(spec, geometry, option)
 
 
 def parse_bytes(text: str, option: str) -> int:
@@ -91,36 +92,36 @@ def _number_and_unit(text: str) -> tuple[str, str]:
     return number, unit.upper()
 
 
-def _parse_text(text: str, geometry: MoEGeometry) -> int:
+def _parse_text(text: str, geometry: MoEGeometry, option: str) -> int:
     number, unit = _number_and_unit(text)
     if unit in BYTE_UNITS:
-        return _from_bytes(float(number) * BYTE_UNITS[unit], text, geometry)
+        return _from_bytes(float(number) * BYTE_UNITS[unit], text, geometry, option)
     if not number or unit:
-        raise CapacityError(f"cache.slots={text} is not {CAPACITY_FORMS}")
+        raise CapacityError(f"{option}={text} is not {CAPACITY_FORMS}")
     if number.lstrip("-").isdigit():
-        return _from_count(int(number), geometry)
-    return _from_fraction(float(number), geometry)
+        return _from_count(int(number), geometry, option)
+    return _from_fraction(float(number), geometry, option)
 
 
-def _from_count(count: int, geometry: MoEGeometry) -> int:
+def _from_count(count: int, geometry: MoEGeometry, option: str) -> int:
     if not 1 <= count <= geometry.n_total:
-        raise CapacityError(f"cache.slots={count} is not between 1 slot and all {geometry.n_total} experts")
+        raise CapacityError(f"{option}={count} is not between 1 slot and all {geometry.n_total} experts")
     return count
 
 
-def _from_fraction(fraction: float, geometry: MoEGeometry) -> int:
+def _from_fraction(fraction: float, geometry: MoEGeometry, option: str) -> int:
     if not 0 < fraction <= 1:
-        raise CapacityError(f"cache.slots={fraction} is not a fraction of all experts: above 0, at most 1.0")
+        raise CapacityError(f"{option}={fraction} is not a fraction of all experts: above 0, at most 1.0")
     n_slots = math.floor(fraction * geometry.n_total + 1e-9)  # 0.29 * 100 is 28.999...
     if n_slots < 1:
-        raise CapacityError(f"cache.slots={fraction} of {geometry.n_total} experts is less than one slot")
+        raise CapacityError(f"{option}={fraction} of {geometry.n_total} experts is less than one slot")
     return n_slots
 
 
-def _from_bytes(n_bytes: float, text: str, geometry: MoEGeometry) -> int:
+def _from_bytes(n_bytes: float, text: str, geometry: MoEGeometry, option: str) -> int:
     row_bytes = geometry.expert.row_bytes
     if n_bytes < row_bytes:
-        raise CapacityError(f"cache.slots={text} is less than one slot: an expert of this model takes {row_bytes} bytes")
+        raise CapacityError(f"{option}={text} is less than one slot: an expert of this model takes {row_bytes} bytes")
     return min(int(n_bytes // row_bytes), geometry.n_total)
 
 

@@ -86,6 +86,7 @@ def test_costs_count_what_the_networks_hold(finished: Path) -> None:
         (["predictors=['gate_reuse lookahead=9']", "reference='gate_reuse lookahead=9'"], "predictor.lookahead=9"),
         (["predictors=['gate_reuse wings=2']", "reference='gate_reuse wings=2'"], "wings is not an option"),
         (["predictors=[gate_refuse]", "reference=gate_refuse"], "predictors names 'gate_refuse'"),
+        (["caches.slru_25='slru slots=300'"], "caches.slru_25: slots=300 is not between 1 slot and all 256 experts"),
         (["splits=[poetry]"], "no document of split 'poetry'"),
         (["bootstrap=0"], "bootstrap=0: it must be at least 1"),
         (["recording=nowhere"], "nowhere: no recording.json in it"),

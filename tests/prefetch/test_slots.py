@@ -2,6 +2,7 @@
 
 import mmap
 import random
+import re
 
 import pytest
 import torch
@@ -155,7 +156,7 @@ ALL = 25 * N_EXPERTS
     ],
 )
 def test_capacity_forms(spec, n_slots):
-    assert parse_slots(spec, geometry(n_layers=25)) == n_slots
+    assert parse_slots(spec, geometry(n_layers=25), "cache.slots") == n_slots
 
 
 @pytest.mark.parametrize(
@@ -184,8 +185,8 @@ def test_capacity_forms(spec, n_slots):
     ],
 )
 def test_bad_capacities_say_why(spec, reason):
-    with pytest.raises(CapacityError, match=reason):
-        parse_slots(spec, geometry(n_layers=25))
+    with pytest.raises(CapacityError, match=f"caches.mine: slots={re.escape(str(spec))}.*{reason}"):
+        parse_slots(spec, geometry(n_layers=25), "caches.mine: slots")
 
 
 @pytest.mark.parametrize(("text", "n_bytes"), [("12GB", 12 * 10**9), ("1.5 GiB", 3 * 2**29), ("4096b", 4096)])
