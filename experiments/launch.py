@@ -154,3 +154,14 @@ class Sweep(Callback):
             print(f"  failed: {path.parent.relative_to(folder)}: {_read(path).get('error')}", file=sys.stderr)
         if failed:
             sys.exit(1)
+
+
+class NoSweep(Callback):
+    """Of a program that a sweep makes no sense of: refuses `--multirun` with `reason` before anything is written."""
+
+    def __init__(self, reason: str):
+        self.reason = reason
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        print(f"error: {self.reason}", file=sys.stderr)
+        sys.exit(2)

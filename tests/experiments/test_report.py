@@ -123,6 +123,7 @@ def test_the_command_compares_two_folders(tmp_path: Path) -> None:
     [
         (["runs=[nowhere]"], "nowhere: no results.json in it"),
         (["runs=[nowhere]", "outptu=x"], "outptu"),
+        (["--multirun", "runs=[a],[b]"], "without --multirun"),
     ],
 )
 def test_a_mistake_is_one_clear_line(tmp_path: Path, options: list[str], message: str) -> None:
@@ -130,6 +131,7 @@ def test_a_mistake_is_one_clear_line(tmp_path: Path, options: list[str], message
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "multirun").exists()
 
 
 def test_patterns_find_finished_runs_and_name_the_others(tmp_path: Path) -> None:
