@@ -96,7 +96,8 @@ def times_table(times: list[Row]) -> str:
             rows.append([time["provider"], f"{NOT_MEASURED}: {time['skipped']}", "", "", "", ""])
             continue
         timing = time["timing"]
-        us = f"{timing['first_us']:.1f}, {timing['second_us']:.1f}{'' if timing['captured'] else ' eager'}"
+        second = f"{NOT_MEASURED}: {timing['no_second']}" if timing["second_us"] is None else f"{timing['second_us']:.1f}"
+        us = f"{timing['first_us']:.1f}, {second}{'' if timing['captured'] else ' eager'}"
         error = "" if time["error"] is None else f"{time['error']:.0e}"
         shares = _percent(time["share_of_roof"]), _percent(time.get("share_of_copy"))
         rows.append([time["provider"], us, *shares, error, str(timing["n_replays"])])

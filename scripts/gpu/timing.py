@@ -34,13 +34,14 @@ class Timing:
     """Microseconds of one call: two medians, with those that take turns with it timed in between. Their gap is the spread to believe in."""
 
     first_us: float
-    second_us: float
+    second_us: float | None
     captured: bool  # by a CUDA graph; otherwise launches from Python are in the time
     n_replays: int  # that each median is over
+    no_second: str | None = None  # why there is no second median
 
     @property
     def us(self) -> float:
-        return min(self.first_us, self.second_us)
+        return self.first_us if self.second_us is None else min(self.first_us, self.second_us)
 
 
 def time_in_turn(providers: Mapping[str, Calls]) -> Iterator[tuple[str, Timing | str]]:
@@ -49,11 +50,7 @@ def time_in_turn(providers: Mapping[str, Calls]) -> Iterator[tuple[str, Timing |
     first: dict[str, Round | str] = {name: _round_or_reason(calls) for name, calls in providers.items()}
     for name, calls in providers.items():
         before = first[name]
-        after = before if isinstance(before, str) else _round_or_reason(calls)
-        if isinstance(before, str) or isinstance(after, str):
-            yield name, str(after)
-        else:
-            yield name, Timing(before.us, after.us, after.captured, after.n_replays)
+        yield name, before if isinstance(before, str) else _timing(before, _round_or_reason(calls))
 
 
 def spin() -> None:
@@ -90,6 +87,13 @@ def time_round(calls: Calls) -> Round:
     graph, _outputs = _captured(calls, n_rounds)  # what the graph writes into must live as long as it is replayed
     n_replays = n_replays_for(1e-6 * _median_us(graph.replay, 3))
     return Round(_median_us(graph.replay, n_replays) / (n_rounds * len(calls)), True, n_replays)
+
+
+def _timing(before: Round, after: Round | str) -> Timing:
+    """A second round that fails, for want of memory or because another broke the process, does not take the first's median along."""
+    if isinstance(after, str):
+        return Timing(before.us, None, before.captured, before.n_replays, after)
+    return Timing(before.us, after.us, after.captured, after.n_replays)
 
 
 def n_replays_for(replay_s: float) -> int:

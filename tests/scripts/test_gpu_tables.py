@@ -91,6 +91,16 @@ def test_every_section_can_be_shown_while_it_grows() -> None:
     )
 
 
+def test_a_time_of_one_round_is_shown_and_says_why_there_is_no_second() -> None:
+    found = device()
+    timing = found["sections"]["kernels Qwen3-30B-A3B T=1"]["rows"][0]["timing"]
+    timing |= {"second_us": None, "no_second": "OutOfMemoryError: no room"}
+    judged = json.loads(json.dumps(judge(found)))
+    rows = judged["sections"]["kernels Qwen3-30B-A3B T=1"]["rows"]
+    assert "| ours | 21.0, not measured: OutOfMemoryError: no room | 90% |" in section_table("kernels Qwen3-30B-A3B T=1", rows)
+    assert judged["verdicts"]["targets"][0]["us"] == 21.0
+
+
 def test_without_a_device_every_target_is_not_measured() -> None:
     text = markdown([])
     assert text.startswith("No GPU has been at hand: not measured.")

@@ -1,4 +1,5 @@
-"""How often a call is timed: as its budget allows, in graphs of about a millisecond; what fails in one round is not timed in the next."""
+"""How often a call is timed: as its budget allows, in graphs of about a millisecond; what fails in
+one round is not timed in the next, and a failing second round leaves the first."""
 
 from __future__ import annotations
 
@@ -24,18 +25,19 @@ def test_providers_take_turns_and_a_failing_one_ends_nobody(monkeypatch: pytest.
 
     def time_round(calls: list[str]) -> Round:
         order.append(calls[0])
-        if calls[0] == "broken":
+        if calls[0] == "broken" or order.count(calls[0]) > 1 and calls[0] == "once":
             raise RuntimeError("not on this card\nand more")
         return Round(10.0 + len(order), True, 7)
 
     monkeypatch.setattr(timing, "time_round", time_round)
     monkeypatch.setattr(timing, "spin", lambda: None)
-    found = dict(time_in_turn({name: [name] for name in ("ours", "broken", "peer")}))  # type: ignore[dict-item]
-    assert order == ["ours", "broken", "peer", "ours", "peer"]
+    found = dict(time_in_turn({name: [name] for name in ("ours", "broken", "peer", "once")}))  # type: ignore[dict-item]
+    assert order == ["ours", "broken", "peer", "once", "ours", "peer", "once"]
     assert found == {
-        "ours": Timing(11.0, 14.0, True, 7),
+        "ours": Timing(11.0, 15.0, True, 7),
         "broken": "RuntimeError: not on this card",
-        "peer": Timing(13.0, 15.0, True, 7),
+        "peer": Timing(13.0, 16.0, True, 7),
+        "once": Timing(14.0, None, True, 7, "RuntimeError: not on this card"),
     }
 
 
