@@ -1,4 +1,4 @@
-"""The cache planner: one plan against its reference, and the planner's time over the plans of several tokens.
+"""The cache planner: the plans of several tokens against their reference, and the planner's time over the plans of several tokens.
 
 A plan's time depends on what it finds, so it is timed as it is used: every layer of several tokens in turn, over a cache that is
 full and smaller than what they need, each call with ids of its own. Beside it flashlib 0.4's LRU admission (Apache-2.0), where that
@@ -19,7 +19,6 @@ from kernels.device_cache import CachePlan, DeviceCache, slru_protected
 from scripts.gpu.case import Case
 from scripts.gpu.generated_routing import Ids, RoutingStatistics, generated_routing, guesses_of
 from scripts.gpu.kernel_times import KernelTime, Timed, times_beside_roof
-from scripts.gpu.providers import generator
 from scripts.gpu.shapes import MoEShape
 
 MOST_SLOTS = 1228  # 12 GB of Qwen3-30B-A3B's experts in bf16
@@ -27,29 +26,32 @@ SLOTS_STEP = 64
 MOST_PAIRS = 64  # the planner is sequential, and meant for decode
 TIMED_TOKENS = (1, 8)
 N_STEPS = 8  # of decoding, that are timed
+CHECKED_TOKENS = 4  # or two steps, if those have more: the reference takes milliseconds for a plan
 STATISTICS = RoutingStatistics()
 RECALL = 0.734  # of the predictions: gate reuse's on the bundled model
 
+PlannerCall = tuple[int, Tensor, Tensor | None]  # layer, needed experts [T, k], predicted ones [1, M]
+
 
 def plan_case(shape: MoEShape, n_tokens: int, dtype: torch.dtype, device: str, seed: int) -> Case | None:
-    """One plan with two layers' predictions, and all that it decides. It changes the books: `ours` and `exact` are for one call each."""
-    if n_tokens * shape.top_k > MOST_PAIRS:
+    """The plans of several steps, on a cache that they fill and that evicts, with fewer staging places than predictions: all that each
+    of them decides, and all books after it. For one dtype: there are integers alone.
+
+    The reference runs on the host, where it does not wait for a device at each number.
+    """
+    if n_tokens * shape.top_k > MOST_PAIRS or dtype != torch.float32:
         return None
-    n_slots = shape.n_layers * shape.n_experts * 3 // 4
-    spare = min(n_slots // 4, MOST_PAIRS)
-
-    def draw(*rows: int) -> Tensor:
-        scores = torch.rand(*rows, shape.n_experts, generator=random, device=device)
-        return scores.topk(shape.top_k).indices.int()
-
-    random = generator(device, seed)
-    ids, predicted = draw(n_tokens), draw(min(2, shape.n_layers))
-    cache, expected = (_cache(shape, n_slots - 2 * spare, spare, spare, device) for _ in range(2))
-    plan = CachePlan.empty(ids, predicted.numel())
     return Case(
-        lambda: _books(cache, cache_plan(cache, 0, ids, predicted, plan)),
-        lambda: _books(expected, cache_plan_reference(expected, 0, ids, predicted)),
+        lambda: _all_books(cache_plan, *checked_run(shape, n_tokens, device)),
+        lambda: _all_books(cache_plan_reference, *checked_run(shape, n_tokens, "cpu")).to(device),
     )
+
+
+def checked_run(shape: MoEShape, n_tokens: int, device: str) -> tuple[DeviceCache, list[PlannerCall]]:
+    """The cache of `plan_case`, empty, and what is asked of it."""
+    n_steps = max(2, CHECKED_TOKENS // n_tokens)
+    ids, guesses = (drawn[:n_steps] for drawn in _routing(shape, n_tokens))
+    return planner_run(shape, ids, guesses, device, _capacity(ids), shape.top_k // 2)
 
 
 def plan_times(shape: MoEShape, n_tokens: int) -> Iterator[KernelTime]:
@@ -67,23 +69,36 @@ def plan_times(shape: MoEShape, n_tokens: int) -> Iterator[KernelTime]:
 
 
 def planner_calls(shape: MoEShape, ids: Ids, guesses: Ids | None, capacity: int, device: str) -> list[Callable[[], None]]:
-    """A plan for every step and layer of `ids` [n, L, T, k], one cache of so many members under all of them.
-
-    Args:
-        guesses: [n, L, M], for each layer what was guessed of it, one layer before.
-    """
+    """The calls of `planner_run`, each with memory for its plan, and a staging place for each prediction."""
     staging = 0 if guesses is None else 2 * shape.top_k
-    cache = _cache(shape, capacity, staging, ids[0, 0].size, device)
-    on_device = torch.from_numpy(ids).to(device)
-    ahead = None if guesses is None else torch.from_numpy(guesses).to(device)
+    cache, calls = planner_run(shape, ids, guesses, device, capacity, staging)
 
-    def call(step: int, layer: int) -> Callable[[], None]:
-        needed = on_device[step, layer]
-        predicted = None if ahead is None or layer + 1 == shape.n_layers else ahead[step, layer + 1][None]
+    def call(layer: int, needed: Tensor, predicted: Tensor | None) -> Callable[[], None]:
         plan = CachePlan.empty(needed, 0 if predicted is None else predicted.numel())
         return lambda: void(cache_plan(cache, layer, needed, predicted, plan))
 
-    return [call(step, layer) for step in range(len(ids)) for layer in range(shape.n_layers)]
+    return [call(*asked) for asked in calls]
+
+
+def planner_run(
+    shape: MoEShape, ids: Ids, guesses: Ids | None, device: str, capacity: int, staging: int
+) -> tuple[DeviceCache, list[PlannerCall]]:
+    """An empty cache of so many members, and what it is asked for every step and layer of `ids` [n, L, T, k].
+
+    Args:
+        guesses: [n, L, M], for each layer what was guessed of it, one layer before: of the first, when the last of the step before is
+            planned. The last call of all has nothing to guess.
+        device: on "meta" calls are left out that launch the same programs as others.
+    """
+    cache = DeviceCache.empty(
+        shape.n_layers, shape.n_experts, capacity=capacity, staging=staging, transient=ids[0, 0].size,
+        protected_capacity=slru_protected(capacity), device=device,
+    )  # fmt: skip
+    needed = torch.from_numpy(ids).to(device).flatten(0, 1)
+    guessed = [] if guesses is None else list(torch.from_numpy(guesses).to(device).flatten(0, 1)[1:, None])
+    nothing = [None] * (len(needed) - len(guessed))
+    calls = [(i % shape.n_layers, *asked) for i, asked in enumerate(zip(needed, guessed + nothing, strict=True))]
+    return cache, calls[: shape.n_layers] + calls[-1:] if device == "meta" else calls
 
 
 def rehearse_plan_times(shape: MoEShape, n_tokens: int) -> None:
@@ -91,8 +106,8 @@ def rehearse_plan_times(shape: MoEShape, n_tokens: int) -> None:
     if n_tokens not in TIMED_TOKENS:
         return
     ids, guesses = _routing(shape, n_tokens)
-    for predicted in (None, guesses[:1]):  # every step launches the same programs
-        for call in planner_calls(shape, ids[:1], predicted, _capacity(ids), "meta"):
+    for predicted in (None, guesses):
+        for call in planner_calls(shape, ids, predicted, _capacity(ids), "meta"):
             call()
 
 
@@ -105,16 +120,15 @@ def _routing(shape: MoEShape, n_tokens: int) -> tuple[Ids, Ids]:
 
 
 def _capacity(ids: Ids) -> int:
-    """Three quarters of what the steps need, so that every replay misses anew; in steps that keep programs few."""
+    """Three quarters of what the steps need, so that every replay misses anew; from a step on in steps, which keep programs few."""
     n_needed = sum(len(np.unique(ids[:, layer])) for layer in range(ids.shape[1]))
-    return max(min(MOST_SLOTS, n_needed * 3 // 4) // SLOTS_STEP * SLOTS_STEP, SLOTS_STEP)
+    capacity = min(MOST_SLOTS, n_needed * 3 // 4)
+    return capacity if capacity < SLOTS_STEP else capacity // SLOTS_STEP * SLOTS_STEP
 
 
-def _cache(shape: MoEShape, capacity: int, staging: int, transient: int, device: str) -> DeviceCache:
-    return DeviceCache.empty(
-        shape.n_layers, shape.n_experts, capacity=capacity, staging=staging, transient=transient,
-        protected_capacity=slru_protected(capacity), device=device,
-    )  # fmt: skip
+def _all_books(plan: Callable[..., CachePlan], cache: DeviceCache, calls: list[PlannerCall]) -> Tensor:
+    """`_books` after each call."""
+    return torch.cat([_books(cache, plan(cache, *call)) for call in calls])
 
 
 def _books(cache: DeviceCache, plan: CachePlan) -> Tensor:

@@ -35,6 +35,7 @@ from scripts.gpu.variants import rehearse_variants, variant_verdicts
 DTYPE = torch.bfloat16
 PROVIDER_TOKENS, OPERATION_TOKENS = (1, 40), (1, 5)  # of correctness
 OPERATION_SHAPES = SMALL[1:2]
+PLAN_SHAPES = (*OPERATION_SHAPES, SHAPES[0])  # the planner's programs depend on the number of slots: a real model's too
 FIRST = (("Qwen3-30B-A3B", 1), ("Qwen3-30B-A3B", 8), ("Qwen3-30B-A3B", 64), ("Mixtral-8x7B", 1), ("Qwen3.6-35B-A3B", 1))
 CARD_BYTES = 12_000_000_000  # of the card that offloaded decoding stands in for
 CARD_RESERVE_BYTES = 1_000_000_000  # what is not PyTorch's on a card that has no more
@@ -90,11 +91,12 @@ def _correctness() -> list[Section]:
 
 
 def _operation_correctness(name: str) -> Section:
+    shapes = PLAN_SHAPES if name == "cache_plan" else OPERATION_SHAPES
     return Section(
         f"correctness {name}",
-        lambda end_s: _judged(operation_verdicts(name, "cuda", OPERATION_SHAPES, OPERATION_TOKENS)),
+        lambda end_s: _judged(operation_verdicts(name, "cuda", shapes, OPERATION_TOKENS)),
         40,
-        partial(rehearse_operation_verdicts, name, OPERATION_SHAPES, OPERATION_TOKENS),
+        partial(rehearse_operation_verdicts, name, shapes, OPERATION_TOKENS),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -11,10 +12,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from kernels.cache_plan import cache_plan_reference
+from kernels.device_cache import CachePlan, Counter, DeviceCache, Segment
 from kernels.launch import Launch, recorded_launches
 from predictors.gate_reuse import GateReuse
 from prefetch.errors import ResultsError
@@ -27,9 +31,9 @@ from scripts.gpu.forked import Row, Work
 from scripts.gpu.kernel_times import sets_needed, too_much
 from scripts.gpu.operation_times import operation_verdicts, rehearse_operation_verdicts
 from scripts.gpu.operations import operations, timed_operations
-from scripts.gpu.plans import planner_calls
+from scripts.gpu.plans import checked_run, planner_calls
 from scripts.gpu.providers import OURS, PROVIDERS, make_problem, reference
-from scripts.gpu.sections import FIRST, Section, sections
+from scripts.gpu.sections import FIRST, OPERATION_TOKENS, PLAN_SHAPES, Section, sections
 from scripts.gpu.shapes import SHAPES, TOKENS, MoEShape
 from scripts.gpu.thread_transfers import thread_transfer_rates
 from scripts.gpu.variants import VARIANTS, rehearse_variants, variant_verdicts
@@ -196,6 +200,33 @@ def test_operations_beside_the_experts_are_right(launched: list[Launch]) -> None
     assert programs(launched) == programs(rehearsed)
 
 
+def test_the_planner_is_checked_on_caches_that_fill_and_evict() -> None:
+    total = torch.zeros(len(Counter), dtype=torch.int64)
+    for shape, n_tokens in itertools.product(PLAN_SHAPES, OPERATION_TOKENS):
+        cache, calls = checked_run(shape, n_tokens, "cpu")
+        for call in calls:
+            cache_plan_reference(cache, *call)
+        assert int((cache.segment >= Segment.PROBATION).sum()) == cache.capacity
+        assert shape.n_layers == 1 or cache.counters[Counter.EVICTIONS] > cache.capacity // 4
+        total += cache.counters
+    assert all(total[counter] > 0 for counter in Counter if counter is not Counter.UNPLACED)
+
+
+def test_a_plan_that_is_wrong_late_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    n_plans = len(checked_run(TINY, 1, "cpu")[1])
+    made: list[CachePlan] = []
+
+    def wrong_last(cache: DeviceCache, *call: Any) -> CachePlan:
+        made.append(cache_plan_reference(cache, *call))
+        if len(made) == n_plans:
+            made[-1].slot_ids[0, 0] += 1
+        return made[-1]
+
+    monkeypatch.setattr("scripts.gpu.plans.cache_plan", wrong_last)
+    (found,) = operation_verdicts("cache_plan", "cpu", (TINY,), (1,))
+    assert len(made) == n_plans > 2 * TINY.n_layers and found.error and not found.passed
+
+
 def test_peers_of_operations_run_and_say_what_is_read() -> None:
     for make in timed_operations().values():
         case = make(TINY, 1, torch.float32, "cpu", 0)
@@ -206,13 +237,17 @@ def test_peers_of_operations_run_and_say_what_is_read() -> None:
             peer()
 
 
-def test_the_planner_is_timed_over_full_caches_that_miss() -> None:
+def test_the_planner_is_timed_over_full_caches_that_miss(launched: list[Launch]) -> None:
     """Every call has ids of its own, and a second pass finds no more than the first left it."""
     ids = torch.stack([torch.stack([torch.randperm(8)[:2] for _ in range(2)]) for _ in range(4)])[:, :, None].numpy()
     calls = planner_calls(TINY, ids, ids[:, :, 0], 4, "cpu")
     assert len(calls) == 4 * TINY.n_layers
     for call in calls:
         call()
+    with recorded_launches() as rehearsed:
+        for call in planner_calls(TINY, ids, ids[:, :, 0], 4, "meta"):
+            call()
+    assert programs(launched) == programs(rehearsed)
 
 
 def test_the_runtimes_transfers_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
