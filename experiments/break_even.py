@@ -3,7 +3,7 @@
     python -m experiments.break_even trace=outputs/decode/RUN/trace_slru.safetensors machine=measured machine.run=outputs/decode/RUN
     python -m experiments.break_even trace=TRACE shape=gpt_oss_20b machine=pcie4_12gb 'links=[10e9,25e9,50e9]' 'slots=[0.25,0.5]'
 
-For every budget and link: the cache alone, then an oracle that names each true expert with a given probability, and the link's own bound.
+For every budget and link: the cache alone, then an oracle that names each true expert with a given probability, and the bounds of the link.
 Your predictor's recall@k (`experiments.accuracy`) is where to read the map.
 """
 
@@ -31,9 +31,9 @@ from experiments.progress import progress_bar
 from experiments.provenance import provenance
 from experiments.replayed_arm import expert_bytes, read_trace, run_arm
 from experiments.slot_budget import slot_budget
+from prefetch.cache.fewest_loads import fewest_loads
 from prefetch.errors import ConfigError
 from prefetch.geometry import MoEGeometry
-from prefetch.link_bound import fewest_loads
 from prefetch.replay import geometry_of
 from prefetch.trace import RoutingTrace
 
@@ -89,8 +89,9 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"{option}={values}: it must be a list of numbers")
         if list(values) != sorted(set(values)) or len(values) < (1 if option == "slots" else 2):
             raise ConfigError(f"{option}={list(values)}: it must rise, without repeats, from one end of the map to the other")
-    if not all(0 <= accuracy <= 1 for accuracy in cfg.accuracies):
-        raise ConfigError(f"accuracies={list(cfg.accuracies)}: each must be from 0 to 1")
+    for option in ("accuracies", "slots"):
+        if not all(0 <= value <= 1 for value in cfg[option]):
+            raise ConfigError(f"{option}={list(cfg[option])}: each must be from 0 to 1")
 
 
 def replayed(
@@ -118,8 +119,7 @@ def figures(cfg: DictConfig, point: Point, trace: RoutingTrace, geometry: MoEGeo
     """One replay: what it found, and the bound of its link."""
     run = run_arm("oracle", cfg, trace, geometry)
     found = run.figures(cfg.warmup_sequences)
-    n_slots = slot_budget(cfg, geometry).n_slots
-    bound = run.link_bound(fewest_loads(trace, n_slots, cfg.warmup_sequences), cfg.warmup_sequences, geometry)
+    n_loads = fewest_loads(trace, slot_budget(cfg, geometry).n_slots, cfg.warmup_sequences)
     costs, row_bytes = run.costs, geometry.expert.row_bytes
     layer_s = costs.dense_s + costs.call_s + geometry.top_k * costs.expert_s
     names = ("tokens_per_s", "stall_share", "hit_rate", "late_rate", "miss_rate", "wasted_bytes_per_token")
@@ -129,19 +129,21 @@ def figures(cfg: DictConfig, point: Point, trace: RoutingTrace, geometry: MoEGeo
         "load_per_layer": row_bytes / point.link_bytes_per_s / layer_s,
         "accuracy": np.nan if point.accuracy is None else point.accuracy,
         **{name: found[name] for name in names},
-        "bound_tokens_per_s": bound,
+        "overlap_tokens_per_s": run.overlapped(geometry, cfg.warmup_sequences),
+        "belady_overlap_tokens_per_s": run.overlapped(geometry, cfg.warmup_sequences, n_loads),
     }
 
 
 def speed_ups(table: pd.DataFrame) -> pd.DataFrame:
-    """The points with guesses, each beside the cache alone at the same link and slots: `ratio`, and `bound` on it."""
+    """The points with guesses, each beside the cache alone at the same link and slots: `ratio`, and the bounds on it (see `tables.py`)."""
     where = ["slots", "link_bytes_per_s"]
-    alone = table[table["accuracy"].isna()].set_index(where)["tokens_per_s"].rename("alone_tokens_per_s")
-    guessed = table[table["accuracy"].notna()].join(alone, on=where)
-    return guessed.assign(
-        ratio=guessed["tokens_per_s"] / guessed["alone_tokens_per_s"],
-        bound=guessed["bound_tokens_per_s"] / guessed["alone_tokens_per_s"],
-    )
+    alone = table[table["accuracy"].isna()].set_index(where)
+    speeds = ["tokens_per_s", "overlap_tokens_per_s", "belady_overlap_tokens_per_s"]
+    guessed = table[table["accuracy"].notna()].drop(columns=speeds[1:])
+    guessed = guessed.join(alone[speeds].add_prefix("alone_"), on=where)
+    base = guessed["alone_tokens_per_s"]
+    bounds = {bound: guessed[f"alone_{bound}_tokens_per_s"] / base for bound in ("overlap", "belady_overlap")}
+    return guessed.assign(ratio=guessed["tokens_per_s"] / base, **bounds)
 
 
 def thresholds(table: pd.DataFrame) -> pd.DataFrame:
@@ -159,7 +161,8 @@ def thresholds(table: pd.DataFrame) -> pd.DataFrame:
                 "pays_from": crossing(accuracy, ratio, 1.0),
                 "worth_it_from": crossing(accuracy, ratio, WORTH_IT),
                 "best_ratio": ratio.max(),
-                "bound": group["bound"].iloc[0],
+                "overlap": group["overlap"].iloc[0],
+                "belady_overlap": group["belady_overlap"].iloc[0],
             }
         )
     return pd.DataFrame(rows)
@@ -195,7 +198,8 @@ def rich_thresholds(found: pd.DataFrame, heading: str) -> Table:
         "pays from\nrecall %",
         f"{WORTH_IT} × from\nrecall %",
         "best\n×",
-        "bound\n×",
+        "overlap\n×",
+        "belady_\noverlap ×",
     )
     for column in columns:
         table.add_column(column, justify="right")
@@ -215,7 +219,8 @@ def cells(row: dict[Any, float]) -> list[str]:
         pays,
         worth,
         f"{row['best_ratio']:.2f}",
-        f"{row['bound']:.2f}",
+        f"{row['overlap']:.2f}",
+        f"{row['belady_overlap']:.2f}",
     ]
 
 

@@ -21,7 +21,7 @@ DARKEST = 0.45  # how far from 1 the colours reach, at least
 
 
 def draw(table: pd.DataFrame, title: str, path: Path) -> None:
-    """Draw `ratio` of each point of `table` as colour, with lines at LEVELS; above each link the bound on it."""
+    """Draw `ratio` of each point of `table` as colour, with lines at LEVELS; above each link what no guesses exceed (`overlap`)."""
     slots = sorted(table["slots"].unique())
     reach = max(DARKEST, float((table["ratio"] - 1).abs().max()))
     norm = TwoSlopeNorm(1.0, 1.0 - reach, 1.0 + reach)
@@ -32,7 +32,7 @@ def draw(table: pd.DataFrame, title: str, path: Path) -> None:
             mesh = _panel(axes, table[table["slots"] == fraction], norm)
             axes.set_title(f"{100 * fraction:.0f} % of experts in slots", loc="left", pad=20)
         panels[0].set_ylabel("recall@k of the guesses (%)")
-        figure.supxlabel("link (GB/s); on top: what no prefetch can exceed", fontsize=11)
+        figure.supxlabel("link (GB/s); on top: what no guesses exceed with this cache", fontsize=11)
         figure.colorbar(mesh, ax=panels, label="speed against the cache alone (×)")
         figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         with replacing(path) as aside:
@@ -45,10 +45,11 @@ def _panel(axes: Axes, points: pd.DataFrame, norm: TwoSlopeNorm) -> QuadMesh:
     mesh = axes.pcolormesh(x, y, ratio, cmap="RdBu", norm=norm, shading="gouraud")
     lines = axes.contour(x, y, ratio, levels=LEVELS, colors="black", linewidths=[2.2, 0.8, 1.6, 0.8, 0.8])
     axes.clabel(lines, fmt=lambda level: f"{level:g} ×", fontsize=9)
-    bounds = points.groupby("link_bytes_per_s")["bound"].first()
+    bounds = points.groupby("link_bytes_per_s")["overlap"].first()
     axes.set_xticks(x, [f"{link / 1e9:g}" for link in bounds.index.to_numpy(dtype=float)])
     above: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center", "fontsize": 9}
     for place, bound in zip(x.tolist(), bounds.tolist(), strict=True):
         axes.annotate(f"{bound:.2f} ×", (place, 1.0), xytext=(0, 3), **above)
+    axes.set_xlim(-0.35, len(x) - 0.65)
     axes.grid(visible=False)
     return mesh

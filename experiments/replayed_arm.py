@@ -57,13 +57,18 @@ class ReplayedArm:
         found = summarise(record_after(self.record, n_warmup), self.link.bytes_per_s)
         return {name: value for name, value in found.items() if not name.startswith(NOT_SIMULATED)}
 
-    def link_bound(self, n_loads: int, n_warmup: int, geometry: MoEGeometry) -> float:
-        """Tokens/s that no arm with these costs can exceed, over this link, where `n_loads` experts must be loaded at least."""
+    def overlapped(self, geometry: MoEGeometry, n_warmup: int, n_loads: int | None = None) -> float:
+        """Tokens/s if loading were hidden behind computing as far as the link allows: the longer of the two is all that is waited for.
+
+        Args:
+            n_loads: experts that are loaded; None: as many as this arm missed.
+        """
         counted, costs = record_after(self.record, n_warmup), self.costs
         calls, forwards = (table[table["phase"] == "decode"] for table in (counted.calls, counted.forwards))
         computing_s = len(calls) * (costs.dense_s + costs.call_s) + int(calls["needed"].sum()) * costs.expert_s
         n_chunks = -(-geometry.expert.row_bytes // self.link.chunk_bytes)
         load_s = n_chunks * self.link.latency_s + geometry.expert.row_bytes / self.link.bytes_per_s
+        n_loads = int(calls["misses"].sum()) if n_loads is None else n_loads
         return float(forwards["n_tokens"].sum()) / max(computing_s, n_loads * load_s)
 
 

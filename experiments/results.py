@@ -30,7 +30,8 @@ FILE_NAME = "results.json"
 BASELINE, PREDICTOR, BOUND = ROLES = ("baseline", "predictor", "bound")  # in the order of tables and legends
 ORACLE = "oracle"  # name of the bound whose gain over the baseline predictors are measured by
 BELADY = "belady_hit_rate_simulated"  # names among `Results.bounds`
-LINK_BOUND = "link_bound_tokens_per_s_simulated"
+OVERLAP = "overlap_tokens_per_s_simulated"  # the baseline's own loads, hidden as far as the link allows
+BELADY_OVERLAP = "belady_overlap_tokens_per_s_simulated"  # the loads that not even Belady's cache avoids, likewise
 
 
 @dataclass(frozen=True)

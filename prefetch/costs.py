@@ -12,5 +12,6 @@ class Costs:
     dense_s: float  # one layer outside of its MoE layer call: attention, norms, router, its share of the output head
     call_s: float  # one MoE layer call apart from what follows: launches, books
     expert_s: float  # one expert that is in a slot, whatever the number of its tokens
+    load_s: float  # on top, for one that its layer waits for: its books, and being computed by itself
     predictor_s: float  # one call of the predictor, planning included
     in_place_s: float | None  # one expert computed where it lies, by the CPU; None: not known

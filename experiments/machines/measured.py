@@ -1,7 +1,8 @@
 """Measured: the machine of a run of `experiments.decode`, as far as that run's clock could see.
 
-Computing takes what it took in the arm that moved nothing; predicting takes what it took in the arm of the same name. What that run
-saw beside it, such as attention that is slower while experts stream in, is not in these figures.
+Computing takes what it took in the arm that moved nothing, a load what computing and books took longer in the arm that loaded
+everything, and predicting what it took in the arm of the same name. What that run saw beside it, such as attention that is slower while experts
+stream in, is not in these figures.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Measured(Machine):
 
     run: str  # folder that experiments.decode wrote, one sequence at a time
     arm: str = "resident"  # whose computing counts
+    loading_arm: str | None = "on_demand"  # which loads every expert; null: a load costs nothing beside its transfer
     predictor_s: float | None = None  # of one call; null: what the run's arm of the same name took
     link: Any = None  # {bytes_per_s, latency_s, chunk_bytes}; null: the run's
 
@@ -50,7 +52,11 @@ class Measured(Machine):
         computing = self._arm(self.arm)
         dense_s, call_s, experts_s = (_layer_s(computing, part, geometry) for part in ("dense", "overhead", "expert"))
         expert_s = experts_s / geometry.top_k
-        return Costs(dense_s, call_s, expert_s, self._predictor_s(arm, geometry), in_place_s=expert_s)
+        load_s = 0.0
+        if self.loading_arm is not None:
+            loading_s = sum(_layer_s(self._arm(self.loading_arm), part, geometry) for part in ("overhead", "expert"))
+            load_s = max(0.0, loading_s - call_s - experts_s) / geometry.top_k
+        return Costs(dense_s, call_s, expert_s, load_s, self._predictor_s(arm, geometry), in_place_s=expert_s)
 
     def _predictor_s(self, arm: str | None, geometry: MoEGeometry) -> float:
         if arm is None:
@@ -63,7 +69,8 @@ class Measured(Machine):
         if name not in self.results.arms:
             arms = ", ".join(self.results.arms)
             raise ResultsError(
-                f"machine.run={self.run}: it has no arm {name!r} but {arms}; name the arm alike, or set machine.arm or machine.predictor_s"
+                f"machine.run={self.run}: it has no arm {name!r} but {arms}; name the arm alike, or set machine.arm, machine.loading_arm or "
+                "machine.predictor_s"
             )
         return self.results.arms[name]
 

@@ -18,11 +18,12 @@ class Roofline(Machine):
     link: Any  # {bytes_per_s, latency_s, chunk_bytes}
     memory_bytes_per_s: float  # of the fast tier, as kernels reach it
     call_s: float = 0.0  # launches and books of one MoE layer call
+    load_s: float = 0.0  # launches and books of one expert that is waited for
     predictor_s: float = 0.0  # one call of the predictor and the planner
     in_place_bytes_per_s: float | None = None  # at which the CPU computes an expert where it lies; null: not known
 
     def __post_init__(self) -> None:
-        for option in ("call_s", "predictor_s"):
+        for option in ("call_s", "load_s", "predictor_s"):
             at_least(option, getattr(self, option), 0)
         at_least("memory_bytes_per_s", self.memory_bytes_per_s, 1)
         if self.in_place_bytes_per_s is not None:
@@ -40,6 +41,7 @@ class Roofline(Machine):
             dense_s=dense_bytes / self.memory_bytes_per_s,
             call_s=self.call_s,
             expert_s=expert_bytes / self.memory_bytes_per_s,
+            load_s=self.load_s,
             predictor_s=self.predictor_s,
             in_place_s=None if in_place is None else expert_bytes / in_place,
         )

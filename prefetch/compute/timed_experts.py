@@ -20,9 +20,14 @@ class TimedLayer(LayerCompute):
 
     def __init__(self, clock: VirtualClock, costs: Costs, hidden: Tensor):
         self.clock, self.costs, self.hidden = clock, costs, hidden
+        self.expert_s = costs.expert_s  # of the next one
+
+    def expect(self, keys: Sequence[ExpertKey], slots: Sequence[int]) -> None:
+        """All that are computed from now on have been waited for."""
+        self.expert_s = self.costs.expert_s + self.costs.load_s
 
     def from_slots(self, keys: Sequence[ExpertKey], slots: Sequence[int]) -> None:
-        self.clock.advance(len(keys) * self.costs.expert_s)
+        self.clock.advance(len(keys) * self.expert_s)
 
     def in_place(self, keys: Sequence[ExpertKey], read: Callable[[ExpertKey], tuple[Tensor, Tensor]]) -> None:
         """`read` is not called: what it would take is part of `in_place_s`.

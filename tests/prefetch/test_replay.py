@@ -19,6 +19,7 @@ from predictors.popularity import Popularity
 from predictors.previous_token import PreviousToken
 from prefetch.accounting import summarise, violations
 from prefetch.cache.base import CachePolicy
+from prefetch.cache.fewest_loads import fewest_loads
 from prefetch.cache.lfu import Lfu
 from prefetch.cache.lru import Lru
 from prefetch.cache.none import NoCache
@@ -31,7 +32,6 @@ from prefetch.compute.timed_experts import TimedExperts
 from prefetch.costs import Costs
 from prefetch.errors import ConfigError, PredictorError
 from prefetch.fast_tier import FastTier
-from prefetch.link_bound import fewest_loads
 from prefetch.planner.base import Planner
 from prefetch.planner.cpu_fallback import CpuFallback
 from prefetch.planner.top_m import TopM
@@ -44,7 +44,7 @@ from prefetch.transfers.virtual import VirtualTransfers
 from tests.prefetch.offloaded import Setting, decode, offloaded
 
 ROW_BYTES = 1000
-COSTS = Costs(dense_s=1e-3, call_s=1e-4, expert_s=2e-4, predictor_s=5e-5, in_place_s=7e-4)
+COSTS = Costs(dense_s=1e-3, call_s=1e-4, expert_s=2e-4, load_s=1e-5, predictor_s=5e-5, in_place_s=7e-4)
 
 
 @dataclass
@@ -116,8 +116,8 @@ def test_without_a_cache_each_expert_is_computed_while_the_next_one_travels() ->
     """Two loads of 1 ms, the second of which covers computing the first: 2 ms and one expert beside dense and call."""
     trace = trace_of([[[0, 1]]] * 3, n_experts=4)
     record = replayed(Scene(trace, NoCache(0)))
-    assert decode_s(record) == pytest.approx([COSTS.dense_s + COSTS.call_s + 2e-3 + COSTS.expert_s] * 2)
-    stall_s = 2e-3 - COSTS.expert_s  # the first expert is computed meanwhile
+    assert decode_s(record) == pytest.approx([COSTS.dense_s + COSTS.call_s + 2e-3 + COSTS.expert_s + COSTS.load_s] * 2)
+    stall_s = 2e-3 - COSTS.expert_s - COSTS.load_s  # the first expert is computed meanwhile
     assert record.calls["overhead_s"].tolist() == pytest.approx([COSTS.call_s] * 3)
     assert record.calls["stall_s"].tolist() == pytest.approx([stall_s] * 3)
 
@@ -150,7 +150,7 @@ def test_misses_left_in_place_move_nothing_and_take_the_cpus_time() -> None:
 
 
 def test_an_unknown_cpu_is_refused() -> None:
-    unknown = Costs(1e-3, 0.0, 1e-4, 0.0, None)
+    unknown = Costs(1e-3, 0.0, 1e-4, 0.0, 0.0, None)
     with pytest.raises(ConfigError, match="machine.in_place_bytes_per_s"):
         replayed(Scene(trace_of([[[0]]] * 2, 4), Lru(1), planner=CpuFallback(TopM()), costs=unknown))
 

@@ -1,9 +1,4 @@
-"""A bound with the link in it: the fastest that any cache, predictor and planner could decode a trace.
-
-Belady's rule says how few experts must be loaded, whatever is known in advance; a load takes its time on the link, whenever it is made;
-and computing takes its own. The longer of the two is the least that decoding takes. Prefetch reaches it where it overlaps all of one with the
-other; no guess, however good, gets beyond it.
-"""
+"""How little must be loaded, whatever is known in advance: the part of a link's bound that no cache and no guess can change."""
 
 from __future__ import annotations
 

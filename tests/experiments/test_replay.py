@@ -1,0 +1,180 @@
+"""The replay as a user runs it, on routing that is made up; and beside a run whose figures are."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments.replay import replay_arms
+from experiments.results import BELADY, BELADY_OVERLAP, OVERLAP, ArmResult, Results
+from prefetch.errors import GatecastError
+from prefetch.trace import RoutingTrace
+from tests.experiments.in_process import run_task
+from tests.experiments.synthetic_results import make_results
+from tests.prefetch.test_replay import random_trace
+
+REPOSITORY = Path(__file__).parents[2]
+N_LAYERS, TOP_K, ROW_BYTES = 3, 2, 1_000_000
+SMALL = ["tracking=disabled", "cache.slots=12", "cache.staging=2"]
+ROOFLINE = ["machine=pcie4_12gb", "shape.dense_bytes=20e6"]
+
+
+@pytest.fixture(scope="module")
+def trace_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two sequences of 20 tokens through 3 layers of 8 experts, with guesses of which 3 in 4 are right."""
+    trace = random_trace(5, n_tokens=40)
+    random = np.random.default_rng(0)
+    wrong = random.random(trace.topk_ids.shape) < 0.25
+    guessed = np.where(wrong, (trace.topk_ids + 1) % 8, trace.topk_ids).astype(np.int16)
+    nothing = np.zeros((*trace.topk_ids.shape[:2], 8), bool)
+    path = tmp_path_factory.mktemp("traces") / "trace_gate_reuse.safetensors"
+    said = {"row_bytes": str(ROW_BYTES), "model": "made up"}
+    dataclasses.replace(trace, guesses={1: guessed}, resident={1: nothing}, metadata=said).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def replayed(trace_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("replay")
+    arms = [
+        "+arms.guesses=['predictor=recorded']",
+        "+arms.cpu=['predictor=none', 'planner=cpu_moe']",
+        "+arms.lru=['cache=lru']",
+    ]
+    run_task("replay", replay_arms, folder, f"trace={trace_file}", *ROOFLINE, *SMALL, *arms)
+    return folder
+
+
+def test_a_replay_leaves_what_a_run_leaves_and_calls_it_simulated(replayed: Path) -> None:
+    for name in ("comparison.md", "time_breakdown.png", "tokens_per_s.png", "timeline_slru.json", "trace_guesses.safetensors"):
+        assert (replayed / name).stat().st_size > 0, name
+    assert not (replayed / "against_measured.csv").exists()
+    table = pd.read_csv(replayed / "comparison.csv")
+    assert set(table["conditions"]) == {"simulated"}
+    markdown = (replayed / "comparison.md").read_text()
+    assert "simulated: recorded routing replayed" in markdown and "measured" not in markdown and "✓" not in markdown
+
+
+def test_arms_lie_between_their_bounds(replayed: Path) -> None:
+    results = Results.load(replayed)
+    speed = {name: arm.values("tokens_per_s")[0] for name, arm in results.arms.items()}
+    assert results.simulated and results.slots == 12
+    assert speed["on_demand"] < speed["slru"] < speed["oracle"] < speed["resident"]
+    assert all(speed[name] <= results.bounds[BELADY_OVERLAP] for name in speed)
+    assert speed["slru"] <= results.bounds[OVERLAP] <= results.bounds[BELADY_OVERLAP]
+    assert results.arms["slru"].values("hit_rate")[0] <= results.bounds[BELADY]
+    assert results.arms["cpu"].values("in_place_rate")[0] > 0
+    assert "ttft_s" not in results.arms["slru"].repeats[0]
+    quality = results.arms["guesses"].quality
+    assert quality is not None and 0.65 < quality.decode()["recall"] < 0.85
+
+
+def test_a_replay_repeats_itself_to_the_last_digit(replayed: Path, trace_file: Path, tmp_path: Path) -> None:
+    run_task("replay", replay_arms, tmp_path, f"trace={trace_file}", *ROOFLINE, *SMALL)
+    again, first = Results.load(tmp_path), Results.load(replayed)
+    for name in ("slru", "predicted", "oracle", "resident", "on_demand"):
+        assert again.arms[name].repeats == first.arms[name].repeats
+
+
+def measured_run(folder: Path) -> Results:
+    """A folder as `experiments.decode` leaves it."""
+    made = make_results()
+    called = {
+        "slru": "slru",
+        "gate_reuse": "gate_reuse",
+        "no_cache": "on_demand",
+        "oracle": "oracle",
+        "all_resident": "resident",
+    }
+    arms = {name: made.arms[there] for there, name in called.items()}
+    tier = {"link": None, "chunk_bytes": 1 << 20}
+    found = dataclasses.replace(
+        made,
+        arms=arms,
+        config={"tier": tier, "workload": {"batch_size": 1}},
+        provenance={"link_bytes_per_s": 2e9},
+    )
+    folder.mkdir()
+    found.save(folder)
+    return found
+
+
+def test_the_machine_of_a_run_is_made_of_that_runs_figures(trace_file: Path, tmp_path: Path) -> None:
+    run = measured_run(tmp_path / "run")
+    arms = ["arms.predicted=null", "+arms.gate_reuse=['predictor=recorded']"]
+    where = [f"trace={trace_file}", f"machine.run={tmp_path / 'run'}", *SMALL, *arms]
+    run_task("replay", replay_arms, tmp_path / "out", *where)
+    simulated, compared = Results.load(tmp_path / "out"), pd.read_csv(tmp_path / "out/against_measured.csv")
+    assert compared["arm"].tolist() == ["slru", "gate_reuse", "on_demand", "oracle", "resident"]
+    assert simulated.arms["resident"].values("tokens_per_s")[0] == pytest.approx(computed_only(run.arms["resident"]), rel=0.02)
+    row = compared.set_index("arm").loc["slru"]
+    assert row["difference"] == pytest.approx(row["simulated"] / row["measured"] - 1, rel=1e-4)
+    run_task("replay", replay_arms, tmp_path / "slow", *where, "machine.link={bytes_per_s: 5.0e7}")
+    assert Results.load(tmp_path / "slow").arms["slru"].values("tokens_per_s") < simulated.arms["slru"].values("tokens_per_s")
+    assert not (tmp_path / "slow/against_measured.csv").exists()
+
+
+def computed_only(resident: ArmResult) -> float:
+    """Tokens/s of an arm without its stalls, and without a predictor, which a replay of it has not."""
+    busy = [1 - repeat["stall_share"] - repeat["predictor_share"] for repeat in resident.repeats]
+    return float(np.median(np.array(resident.values("tokens_per_s")) / busy))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trace=/nonexistent"], "/nonexistent: no such routing trace"),
+        (["machine=measured"], "machine.run"),
+        (["machine=measured", "machine.run=/nonexistent"], "/nonexistent: no results.json in it"),
+        (["shape.dense_bytes=null"], "set shape.dense_bytes"),
+        (["shape.expert_bytes=0"], "shape.expert_bytes=0: it must be at least 1"),
+        (["predictor=gate_reuse"], "predictor gate_reuse reads hidden states"),
+        (["+arms.mine=['predictor=pre_gate']"], "predictor pre_gate reads hidden states"),
+        (["machine.link=5"], "machine.link=5: it must have bytes_per_s"),
+        (["machine.link.bytes_per_s=0"], "machine.link.bytes_per_s is 0"),
+        (["machine.memory_bytes_per_s=-1.0"], "machine.memory_bytes_per_s=-1.0: it must be at least 1"),
+        (["machine.speed=3"], "machine.speed"),
+        (["machine.in_place_bytes_per_s=null", "+arms.cpu=['planner=cpu_moe']"], "machine.in_place_bytes_per_s"),
+        (["warmup_sequences=9"], "no decoded token is left of its 2 sequences after warmup_sequences=9"),
+        (["max_sequences=0"], "max_sequences=0: it must be at least 1"),
+        (["cache.slots=1"], "one token needs 2 experts"),
+        (["cache.preload=hot_experts"], "a replay begins with an empty cache"),
+        (["+arms.other=['shape.expert_bytes=5']"], "arm other: shape: every arm replays the same trace"),
+        (["+arms.mine=['cache=nowhere']"], "arm mine: there is no cache/nowhere"),
+    ],
+)
+def test_a_users_mistake_is_one_clear_line(overrides: list[str], message: str, trace_file: Path, tmp_path: Path) -> None:
+    from experiments.launch import one_line
+
+    with pytest.raises(Exception) as raised:
+        run_task("replay", replay_arms, tmp_path / "out", f"trace={trace_file}", *ROOFLINE, *SMALL, *overrides)
+    assert message in one_line(raised.value)
+    assert (
+        isinstance(raised.value, GatecastError)
+        or "hydra" in type(raised.value).__module__
+        or "omegaconf" in type(raised.value).__module__
+    )
+    assert not (tmp_path / "out/results.json").exists()
+
+
+def test_a_trace_that_does_not_say_how_large_experts_are(trace_file: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare.safetensors"
+    dataclasses.replace(RoutingTrace.load(trace_file), metadata={}).save(bare)
+    with pytest.raises(GatecastError, match="does not say how large an expert is: set shape.expert_bytes"):
+        run_task("replay", replay_arms, tmp_path / "out", f"trace={bare}", *ROOFLINE, *SMALL)
+
+
+def test_the_command(trace_file: Path, tmp_path: Path) -> None:
+    options = [f"trace={trace_file}", *ROOFLINE, *SMALL, f"hydra.run.dir={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.replay", *options], cwd=REPOSITORY, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert "simulated" in done.stdout and "overlap" in done.stdout and "Traceback" not in done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
