@@ -129,7 +129,7 @@ def run_arm(
     """Decode the whole workload once with this arm, from an empty cache or one that begins with hot experts; `source` as for `runtime`."""
     gc.collect()  # so that no arm pays for the garbage of another
     with server(cfg, store, trace, source) as served:
-        with attach(model, served):
+        with attach(model, served, fuse_routers=cfg.backend.router == "fused"):
             if isinstance(served, OffloadRuntime):
                 served.tier.preload(preload_order(cfg.cache, served.model))
             generations = list(generate_all(model, batches, cfg.workload, cfg.seed))

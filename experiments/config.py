@@ -38,6 +38,7 @@ CHOICES = {
     "backend.kind": ("torch", "cuda"),
     "backend.in_place": ("cpu", "gpu"),
     "backend.driven_by": ("host", "device"),
+    "backend.router": ("model", "fused"),
     "tracking.mode": ("offline", "online", "disabled"),
 }
 
@@ -85,6 +86,7 @@ class BackendConfig:
     memory: str | None = None  # of the GPU, e.g. "12GB"
     in_place: str = "cpu"
     driven_by: str = "host"
+    router: str = "model"
 
 
 @dataclass
@@ -274,9 +276,11 @@ def _check_backend(cfg: DictConfig) -> None:
     backend = cfg.backend
     if backend.kind == "cuda" and cfg.tier.kind != "host":
         raise ConfigError(f"backend=cuda copies experts out of pinned RAM, and tier.kind={cfg.tier.kind}: choose tier=pinned")
-    if backend.kind == "torch" and (backend.memory is not None or backend.in_place != "cpu" or backend.driven_by != "host"):
+    of_a_gpu = {"memory": None, "in_place": "cpu", "driven_by": "host", "router": "model"}
+    if backend.kind == "torch" and any(backend[knob] != default for knob, default in of_a_gpu.items()):
         raise ConfigError(
-            "backend.memory, backend.in_place=gpu and backend.driven_by=device are about a GPU: choose backend=cuda, or leave them out"
+            "backend.memory, backend.in_place=gpu, backend.driven_by=device and backend.router=fused are about a GPU: choose backend=cuda, or "
+            "leave them out"
         )
 
 

@@ -119,6 +119,8 @@ def decode_arms(cfg: DictConfig) -> dict[str, DictConfig]:
             raise ConfigError(
                 f"backend={arm_cfg.backend.kind}: all arms share one model and so one backend ({cfg.backend.kind})"
             )
+        if arm_cfg.backend.router != cfg.backend.router:
+            raise ConfigError(f"backend.router={arm_cfg.backend.router}: all arms are routed alike ({cfg.backend.router})")
         if arm_cfg.model != cfg.model:
             raise ConfigError("every arm runs the same model; give model options to the whole run")
 

@@ -92,6 +92,15 @@ class Prediction:
     scores: Tensor  # [T, E], or [1, E] where the same ranking serves all tokens; finite, -inf = never
 
 
+@dataclass(frozen=True)
+class LinearHead:
+    """Guesses for one coming layer that are linear in what the router of the present one reads."""
+
+    target: int  # the layer that they are for
+    weight: Tensor  # [E, H]
+    bias: Tensor | None = None  # [E]
+
+
 class Predictor(ABC):
     """Base of every predictor family. One file and one YAML each."""
 
@@ -118,6 +127,11 @@ class Predictor(ABC):
     @abstractmethod
     def predict(self, seen: LayerView) -> list[Prediction]:
         """Scores for zero or more coming layers, nearest first. Called once per MoE layer call, in layer order."""
+
+    def linear_heads(self, layer: int, dtype: torch.dtype) -> list[LinearHead] | None:
+        """All that `predict` says at `layer`, where that is linear in its router's input: a runtime may then compute it in the router's
+        launch, and not call `predict`. None: it is not. `dtype` is that in which the model computes."""
+        return None
 
     def predict_before_attention(self, seen: AttentionView) -> list[Prediction]:
         """Likewise, called ahead of each MoE layer's attention: `seen.layer` itself may be predicted, and is the nearest."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from predictors.base import LayerView, ModelView
+from predictors.base import LayerView, LinearHead, ModelView
 from predictors.learned import LearnedPredictor, OneHeadPerTarget, Truth
 
 
@@ -39,6 +39,16 @@ class PreGate(LearnedPredictor):
             head = network.get_submodule(f"heads.{target}.gate")
             assert isinstance(head, nn.Linear)
             head.weight.copy_(reused_gate(self.model, source, target, views[source].hidden.dtype))
+
+    def linear_heads(self, layer: int, dtype: torch.dtype) -> list[LinearHead]:
+        """The trained head itself."""
+        target = layer + self.lookahead
+        if target >= self.model.n_layers:
+            return []
+        assert self.network is not None, "bind comes first"
+        head = self.network.get_submodule(f"heads.{target}.gate")
+        assert isinstance(head, nn.Linear)
+        return [LinearHead(target, head.weight)]
 
     def loss(self, logits: Tensor, truth: Truth) -> Tensor:
         """Mean binary cross-entropy over tokens and experts."""
@@ -65,10 +75,10 @@ def reused_gate(model: ModelView, source: int, target: int, dtype: torch.dtype) 
     An RMS norm is g * x / rms(x), so g is what it makes of ones, and W (g_target * x / rms) = (W diag(g_target / g_source)) hidden.
     Where layer `source` blanks a channel (g = 0), the head starts blind to it.
     """
-    ones = torch.ones(1, model.hidden_size, dtype=dtype)
+    ones = torch.ones(1, model.hidden_size, dtype=dtype, device=model.device)
     here, there = (model.pre_moe_norm[layer](ones).float() for layer in (source, target))
     ratio = torch.where(here == 0, 0.0, there / here)  # [1, H]
     router = model.router_logits[target]
-    basis = torch.eye(model.hidden_size, dtype=dtype)
+    basis = torch.eye(model.hidden_size, dtype=dtype, device=model.device)
     columns = router(basis).float() - router(torch.zeros_like(basis)).float()  # [H, E], a bias taken off
     return columns.T * ratio

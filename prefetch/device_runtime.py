@@ -94,10 +94,12 @@ class DeviceRuntime(LayerServer):
 
     def layer_call(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """The MoE layer's output [T, H] from the router's input [T, H] and choice [T, k]; enqueued, and nothing waited for."""
+        heard = self.heard.pop(layer, None)
         if topk_ids.numel() > self.spare:
             return self._computed(layer, hidden, topk_ids, topk_weights, self.in_place)
-        seen = self.layer_view(layer, hidden, topk_ids, topk_weights)
-        return self.planned_call(layer, hidden, topk_ids, topk_weights, self._guesses(layer, self.predictor.predict(seen)))
+        if heard is None:
+            heard = self.predictor.predict(self.layer_view(layer, hidden, topk_ids, topk_weights))
+        return self.planned_call(layer, hidden, topk_ids, topk_weights, self._guesses(layer, heard))
 
     def planned_call(
         self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, guesses: Tensor | None

@@ -39,6 +39,8 @@ class Family:
     intermediate_size: str = "moe_intermediate_size"  # attribute of the config that holds I
     n_experts: str = "num_experts"  # attribute of the config that holds E
     routing: Callable[[PretrainedConfig], Routing] | None = None  # the router's rule, where it is not the highest logits
+    # The rule of a router that gives logits, weights and ids, which a kernel may then stand in for.
+    fused_routing: Callable[[PretrainedConfig], Routing] | None = None
     selection_bias: str = "e_score_correction_bias"  # attribute of the router, [E], where that rule has one
     moe_block: str = "mlp"  # attribute of a decoder layer (transformers 5)
     pre_moe_norm: str = "post_attention_layernorm"  # attribute of a decoder layer
@@ -80,14 +82,23 @@ def _deepseek_v3_routing(config: PretrainedConfig) -> Routing:
     )
 
 
+def _softmax_routing(config: PretrainedConfig) -> Routing:
+    """Those without the option renormalise."""
+    return Routing(config.num_experts_per_tok, renormalise=getattr(config, "norm_topk_prob", True))
+
+
 def _clamped_swiglu(config: PretrainedConfig) -> GatedActivation:
     alpha = getattr(config, "swiglu_alpha", CLAMPED_SWIGLU.alpha)  # older transformers have it in the code
     return replace(CLAMPED_SWIGLU, alpha=alpha, limit=getattr(config, "swiglu_limit", CLAMPED_SWIGLU.limit))
 
 
 FAMILIES = (
-    Family("qwen_moe", model_types=("qwen3_moe", "qwen2_moe", "qwen3_next", "qwen3_5_moe_text")),
-    Family("olmoe", model_types=("olmoe",), intermediate_size="intermediate_size"),
+    Family(
+        "qwen_moe",
+        model_types=("qwen3_moe", "qwen2_moe", "qwen3_next", "qwen3_5_moe_text"),
+        fused_routing=_softmax_routing,
+    ),
+    Family("olmoe", model_types=("olmoe",), intermediate_size="intermediate_size", fused_routing=_softmax_routing),
     Family(
         "deepseek_v2",
         model_types=("deepseek_v2",),
@@ -109,6 +120,7 @@ FAMILIES = (
         up=MIXTRAL_EXPERT + "w3.weight",
         down=MIXTRAL_EXPERT + "w2.weight",
         intermediate_size="intermediate_size",
+        fused_routing=_softmax_routing,
         pre_gate="model.layers.{layer}.block_sparse_moe.pre_gate.weight",
     ),
     Family(
@@ -118,6 +130,7 @@ FAMILIES = (
         interleaved=True,
         activation=_clamped_swiglu,
         intermediate_size="intermediate_size",
+        fused_routing=_softmax_routing,
         router="router",
     ),
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.expert_form import PLAIN, ExpertForm
-from predictors.base import AttentionView, LayerView, ModelView, Predictor
+from predictors.base import AttentionView, LayerView, ModelView, Prediction, Predictor
 from prefetch.geometry import MoEGeometry
 
 
@@ -32,6 +32,7 @@ class LayerServer(ABC):
         self.residual: Tensor | None = None  # of the layer in progress, where the predictor asks for it
         self.pre_attention: Tensor | None = None  # likewise
         self.last_final: Tensor | None = None  # [B, H], of each sequence's newest token that the whole stack has seen; likewise
+        self.heard: dict[int, list[Prediction]] = {}  # by layer: what a fused router's heads guessed there
         self.previous_final: Tensor | None = None  # that of the forward pass before the one in progress
 
     def bind(self, model: ModelView) -> None:
@@ -50,6 +51,10 @@ class LayerServer(ABC):
         else:
             self.step += 1
         self.token_ids, self.previous_final = token_ids.to(self.predicts_on), self.last_final
+
+    def hear(self, layer: int, predictions: list[Prediction]) -> None:
+        """The predictor's heads, computed beside the router of `layer`, have spoken in its place."""
+        self.heard[layer] = predictions
 
     def before_attention(self, layer: int, pre_attention: Tensor) -> None:
         """MoE layer `layer` is about to attend, with `pre_attention` [T, H] as its normalised input."""

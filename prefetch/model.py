@@ -29,6 +29,7 @@ from prefetch.checkpoint import Checkpoint, read_config
 from prefetch.errors import CheckpointError, UnsupportedModelError
 from prefetch.expert_tensors import gate_then_up
 from prefetch.families import Family, family_of, moe_layer_indices
+from prefetch.fused_router import FusedRouter
 from prefetch.geometry import MoEGeometry
 from prefetch.layer_server import LayerServer
 from prefetch.mtp_head import read_mtp_head
@@ -85,8 +86,15 @@ def load_whole(
 
 
 @contextmanager
-def attach(model: PreTrainedModel, runtime: R) -> Iterator[R]:
-    """Let `runtime`, driven by the host or by the device, serve the MoE layers of `model` for the length of a `with` block."""
+def attach(model: PreTrainedModel, runtime: R, *, fuse_routers: bool = False) -> Iterator[R]:
+    """Let `runtime`, driven by the host or by the device, serve the MoE layers of `model` for the length of a `with` block.
+
+    Args:
+        fuse_routers: a kernel computes each router, and what of the predictor is linear, in one launch (`prefetch/fused_router.py`).
+
+    Raises:
+        UnsupportedModelError: the family's routers cannot be fused.
+    """
     family = family_of(model.config)
     blocks = moe_blocks(model, family)
     runtime.bind(model_view(model, family, runtime.geometry, runtime.predicts_on))
@@ -96,6 +104,11 @@ def attach(model: PreTrainedModel, runtime: R) -> Iterator[R]:
             experts = getattr(block, family.experts)
             experts.offload_layer, experts.offload_runtime = layer, runtime
             undo.callback(delattr, experts, "offload_runtime")
+        if fuse_routers:
+            for layer, fused in enumerate(_fused_routers(model, family, runtime)):
+                router = getattr(blocks[layer], family.router)
+                router.forward = fused  # of this module alone, in place of its class's
+                undo.callback(delattr, router, "forward")
         if runtime.predictor.needs_residual:
             for norm in pre_moe_norms(model, family):
                 undo.callback(norm.register_forward_pre_hook(_capture_residual(runtime)).remove)
@@ -108,6 +121,25 @@ def attach(model: PreTrainedModel, runtime: R) -> Iterator[R]:
         undo.callback(model.register_forward_pre_hook(_begin(runtime), with_kwargs=True).remove)
         undo.callback(model.register_forward_hook(_end(runtime)).remove)
         yield runtime
+
+
+def _fused_routers(model: PreTrainedModel, family: Family, runtime: LayerServer) -> list[FusedRouter]:
+    if family.fused_routing is None:
+        raise UnsupportedModelError(
+            f"backend.router=fused: the routers of {model.config.model_type} leave the choice to their block; choose backend.router=model"
+        )
+    routing = family.fused_routing(model.config)
+    routers = [getattr(block, family.router) for block in moe_blocks(model, family)]
+    return [
+        FusedRouter(
+            router.weight,
+            getattr(router, "bias", None),
+            runtime.predictor.linear_heads(layer, router.weight.dtype),
+            routing,
+            partial(runtime.hear, layer),
+        )
+        for layer, router in enumerate(routers)
+    ]
 
 
 def model_view(model: PreTrainedModel, family: Family, geometry: MoEGeometry, device: torch.device = CPU) -> ModelView:

@@ -139,8 +139,10 @@ class OffloadRuntime(LayerServer):
     def _predict_beside_the_router(
         self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
     ) -> list[Prediction] | None:
-        """Enqueue the predictor where experts are computed by enqueueing and it computes there too: its scores then come with the
-        router's choice, in one wait. None: it is asked later, while demand loads travel."""
+        """Enqueue the predictor where experts are computed by enqueueing and it computes there too, unless its heads have spoken with
+        the router: its scores then come with the router's choice, in one wait. None: it is asked later, while demand loads travel."""
+        if (heard := self.heard.pop(layer, None)) is not None:
+            return heard
         if not (self.compute.enqueues and self.predictor.on_device) or self._nothing_to_prefetch():
             return None
         started = self.clock()

@@ -19,11 +19,13 @@ from torch import Tensor
 from experiments.generation import divergences, generate
 from experiments.workload import load_batches
 from kernels.device_cache import DeviceCache, slru_protected
+from kernels.routing import Routing
 from kernels.slot_table import ExpertTable, addresses_of
-from predictors.base import Predictor
+from predictors.base import LinearHead, Predictor
 from predictors.gate_reuse import GateReuse
 from predictors.none import NoPredictor
 from prefetch.device_runtime import DeviceRuntime
+from prefetch.fused_router import FusedRouter
 from prefetch.geometry import ExpertGeometry, ExpertKey, MoEGeometry
 from prefetch.model import attach, load_offloaded, load_whole
 from prefetch.store import ExpertStore
@@ -53,13 +55,13 @@ class Agreement:
 
 
 def device_driven_tokens(end_s: float) -> Iterator[Row]:
-    """The device-driven runtime without and with prefetches, a row each."""
+    """The device-driven runtime without prefetches, with them, and with guesses from the routers' own launches, a row each."""
     prompts = [batch.token_ids for batch in load_batches(
         BUNDLED, prompts=BUNDLED / "prompts.jsonl", text=None, n_prompts=2, batch_size=1, max_prompt_tokens=PROMPT_TOKENS
     )]  # fmt: skip
-    for predictor in (NoPredictor(), GateReuse()):
+    for predictor, fuse_routers in ((NoPredictor(), False), (GateReuse(), False), (GateReuse(), True)):
         packs, device = REPOSITORY / ".cache" / "packs", torch.device("cuda", 0)
-        yield asdict(device_driven(BUNDLED, packs, device, prompts, NEW_TOKENS, predictor))
+        yield asdict(device_driven(BUNDLED, packs, device, prompts, NEW_TOKENS, predictor, fuse_routers=fuse_routers))
 
 
 def host_driven_tokens(end_s: float) -> Iterator[Row]:
@@ -86,7 +88,14 @@ def host_driven(overrides: tuple[str, ...], limit_s: float) -> dict[str, Any]:
 
 
 def device_driven(
-    folder: Path, pack_dir: Path, device: torch.device, prompts: list[Tensor], new_tokens: int, predictor: Predictor
+    folder: Path,
+    pack_dir: Path,
+    device: torch.device,
+    prompts: list[Tensor],
+    new_tokens: int,
+    predictor: Predictor,
+    *,
+    fuse_routers: bool = False,
 ) -> Agreement:
     """Decode `prompts` ([1, n] each) in fp32 with a quarter of the experts in slots."""
     store = ExpertStore.open(folder, torch.float32, pack_dir, progress=False)
@@ -97,12 +106,13 @@ def device_driven(
     runtime = _runtime(size, ExpertTable(size.expert, (rows,), addresses), predictor)
     whole, offloaded = load_whole(folder, torch.float32, device), load_offloaded(folder, torch.float32, device)
     reference = [generate(whole, prompt, new_tokens) for prompt in prompts]
-    with attach(offloaded, runtime):
+    with attach(offloaded, runtime, fuse_routers=fuse_routers):
         found = [generate(offloaded, prompt, new_tokens) for prompt in prompts]
     parted = divergences(reference, found, torch.finfo(torch.float32).eps)
     equal = sum(int((ours.tokens == theirs.tokens).sum()) for ours, theirs in zip(found, reference, strict=True))
     explained = all(place.margin <= place.rounding for place in parted)
-    return Agreement(predictor.name or "none", len(prompts) * new_tokens, equal, explained, runtime.counts())
+    name = (predictor.name or "none") + (" in the router's launch" if fuse_routers else "")
+    return Agreement(name, len(prompts) * new_tokens, equal, explained, runtime.counts())
 
 
 def rehearse_device_driven() -> None:
@@ -111,9 +121,14 @@ def rehearse_device_driven() -> None:
     rows = torch.empty(size.n_total, size.expert.row_bytes, dtype=torch.uint8, device=device)
     addresses = torch.empty(size.n_layers, size.n_experts, dtype=torch.int64, device=device)
     runtime = _runtime(size, ExpertTable(size.expert, (rows,), addresses), NoPredictor())
+    router = torch.empty(size.n_experts, size.expert.hidden, device=device)
+    routing = Routing(size.top_k, renormalise=True)
+    fused = [FusedRouter(router, None, heads, routing, lambda said: None) for heads in ([LinearHead(1, router)], [])]
     for n_tokens in (PROMPT_TOKENS, 1):
         hidden = torch.empty(n_tokens, size.expert.hidden, device=device)
         weights, ids = torch.empty(2, n_tokens, size.top_k, device=device)
+        for route in fused:
+            route(hidden)
         for layer in range(size.n_layers):
             runtime.layer_call(layer, hidden, ids.long(), weights)
             if n_tokens == 1:

@@ -98,7 +98,7 @@ def test_a_step_of_a_batch_finds_a_slot_for_each_of_its_pairs() -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["backend=torch", "tier=disk", "backend.driven_by=device"], "backend.driven_by=device are about a GPU: choose backend=cuda"),
+        (["backend=torch", "tier=disk", "backend.driven_by=device"], "are about a GPU: choose backend=cuda"),
         (["backend.driven_by=gpu"], "backend.driven_by=gpu: choose one of host, device"),
         (["cache=lfu"], "cache._target_=prefetch.cache.lfu.Lfu: choose cache=lru or cache=slru"),
         (["cache=slru", "cache.scope=global"], "cache.fill=False: it can only be true"),

@@ -52,6 +52,7 @@ class Setting:
     # Compute by kernels out of slots that copies from pinned memory fill; default: the CPU's path.
     driver: CudaDriver | None = None
     how: QuantFormat | None = None  # quantise the experts
+    fuse_routers: bool = False
     zero_copy: bool = False  # kernels, not the CPU, compute what the planner leaves in place
 
 
@@ -68,7 +69,7 @@ def offloaded(folder: Path, pack_dir: Path, setting: Setting) -> Iterator[tuple[
         predictor, planner = setting.predictor or NoPredictor(), setting.planner or TopM()
         runtime = OffloadRuntime(store.geometry, tier, predictor, planner, store.read_expert, compute)
         model = load_offloaded(folder, torch.float32)
-        with attach(model, runtime):
+        with attach(model, runtime, fuse_routers=setting.fuse_routers):
             yield model, runtime
 
 

@@ -45,6 +45,7 @@ def test_cuda_that_is_not_there(version: str | None, said: str, monkeypatch: pyt
         (["backend=cuda", "tier=pinned", "backend.in_place=gp"], "backend.in_place=gp: choose one of cpu, gpu"),
         (["backend.memory=12GB"], "are about a GPU: choose backend=cuda"),
         (["backend.in_place=gpu"], "are about a GPU: choose backend=cuda"),
+        (["backend.router=fused"], "are about a GPU: choose backend=cuda"),
         (["backend.kind=rocm"], "backend.kind=rocm: choose one of torch, cuda"),
     ],
 )

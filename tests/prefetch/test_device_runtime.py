@@ -44,6 +44,7 @@ def device_driven(
     runtime_class: type[R] = DeviceRuntime,  # type: ignore[assignment]
     capacity: int = CAPACITY,
     protected: int = 0,
+    fuse_routers: bool = False,
     **knobs: Any,
 ) -> Iterator[tuple[PreTrainedModel, R]]:
     """The model of `folder` in fp32, all of whose experts lie in "pinned" memory behind a few slots."""
@@ -63,7 +64,7 @@ def device_driven(
     backing = ExpertTable(size.expert, (host_rows,), addresses_of(host_rows).view(size.n_layers, size.n_experts))
     runtime = runtime_class(size, slots, backing, cache, predictor, **knobs)
     model = load_offloaded(folder, torch.float32)
-    with attach(model, runtime):
+    with attach(model, runtime, fuse_routers=fuse_routers):
         yield model, runtime
 
 

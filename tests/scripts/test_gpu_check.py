@@ -257,9 +257,10 @@ def test_the_runtimes_transfers_are_timed(tmp_path: Path, monkeypatch: pytest.Mo
     pickle.dumps([asdict(rate) for rate in found])
 
 
-def test_device_driven_tokens_are_those_of_transformers(tiny_qwen3: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["the model's routers", "fused"])
+def test_device_driven_tokens_are_those_of_transformers(fused: bool, tiny_qwen3: Path, tmp_path: Path) -> None:
     prompts = [torch.arange(1, 12)[None], torch.arange(20, 29)[None]]
-    found = device_driven(tiny_qwen3, tmp_path, torch.device("cpu"), prompts, 4, GateReuse())
+    found = device_driven(tiny_qwen3, tmp_path, torch.device("cpu"), prompts, 4, GateReuse(), fuse_routers=fused)
     assert (found.n_equal, found.n_tokens, found.explained_by_rounding) == (8, 8, True)
     n_needed = 2 * 3 * 3 * 2  # prompts, steps, layers, top-k
     assert found.counts["hits"] + found.counts["useful"] + found.counts["misses"] == n_needed
