@@ -41,6 +41,8 @@ class ModelView:
     draft_head: Callable[[LayerView | AttentionView], Tensor] | None = None  # as `predictors.draft_head`, where there is one
     # Per layer: router logits -> what its router takes the k highest of, [T, E]; None: the logits.
     choice_scores: Sequence[Callable[[Tensor], Tensor]] | None = None
+    dtype: torch.dtype = torch.float32  # in which routers and norms compute
+    norm_epsilon: float | None = None  # of `pre_moe_norm`, where all are RMS norms; None: not known
     expert_forms: Sequence[ExpertForm] | None = None  # per layer: activation and biases; None: SwiGLU without biases
 
     def router_scores(self, layer: int, router_input: Tensor) -> Tensor:
@@ -128,9 +130,9 @@ class Predictor(ABC):
     def predict(self, seen: LayerView) -> list[Prediction]:
         """Scores for zero or more coming layers, nearest first. Called once per MoE layer call, in layer order."""
 
-    def linear_heads(self, layer: int, dtype: torch.dtype) -> list[LinearHead] | None:
+    def linear_heads(self, layer: int) -> list[LinearHead] | None:
         """All that `predict` says at `layer`, where that is linear in its router's input: a runtime may then compute it in the router's
-        launch, and not call `predict`. None: it is not. `dtype` is that in which the model computes."""
+        launch, and not call `predict`. None: it is not."""
         return None
 
     def predict_before_attention(self, seen: AttentionView) -> list[Prediction]:

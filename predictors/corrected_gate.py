@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, kl_div
 
+from kernels.predict_corrected_gate import MAX_RANK, CorrectedGateHead
 from predictors.base import LayerView, ModelView
 from predictors.learned import LearnedPredictor, Truth, read_feature
+from predictors.linear_router import router_matrix
+from predictors.one_launch import CorrectedGateLaunch, OneLaunch
 
 
 @dataclass
@@ -34,6 +37,19 @@ class CorrectedGate(LearnedPredictor):
     def build(self) -> nn.Module:
         """Adapter and heads; they start as gate reuse."""
         return GateCorrection(self.model, list(self.targets()), self.rank, self.width)
+
+    def launches(self) -> dict[int, OneLaunch]:
+        """All targets, where the norm is known to be an RMS norm, routers have no bias, and the ranks are within the kernel's."""
+        model, network = self.model, self.network
+        assert isinstance(network, GateCorrection)
+        if model.norm_epsilon is None or self.rank + self.width > MAX_RANK:
+            return {}
+        found: dict[int, OneLaunch] = {}
+        for target in self.targets():
+            router, bias = router_matrix(model, target, model.dtype)
+            if not bool(bias.any()):
+                found[target] = CorrectedGateLaunch(network.folded(target, router))
+        return found
 
     def loss(self, logits: Tensor, truth: Truth) -> Tensor:
         """KL(router || prediction), mean over tokens."""
@@ -70,6 +86,16 @@ class GateCorrection(nn.Module):
         gate = self.model.router_logits[target](moved.to(router_input.dtype)).float()
         logits: Tensor = gate + self.heads[str(target)](x)
         return logits
+
+    def folded(self, target: int, router: Tensor) -> CorrectedGateHead:
+        """The weights for layer `target`, whose router is [E, H], as the kernel reads them."""
+        head, epsilon = self.heads[str(target)], self.model.norm_epsilon
+        assert isinstance(head, nn.Sequential) and epsilon is not None
+        ones = torch.ones(1, self.model.hidden_size, device=router.device)
+        norm = self.model.pre_moe_norm[target](ones)[0].float() * (1 + epsilon) ** 0.5  # of ones it makes its weight, scaled
+        layers = self.down, self.up, head[0], head[2]
+        down, up, enter, leave = (layer.weight.detach() for layer in layers if isinstance(layer, nn.Linear))
+        return CorrectedGateHead.folded(norm.detach(), epsilon, router, (down, up), (enter, leave))
 
 
 def zeroed(layer: nn.Linear) -> nn.Linear:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from predictors.base import LayerView, LinearHead, ModelView, Prediction, Predictor
+from predictors.linear_router import router_matrix
 from predictors.lookahead import check_lookahead
 from predictors.pre_gate import reused_gate
 
@@ -43,16 +43,16 @@ class GateReuse(Predictor):
         router_input = self.model.pre_moe_norm[target](stream)
         return [Prediction(target, self.model.router_scores(target, router_input))]
 
-    def linear_heads(self, layer: int, dtype: torch.dtype) -> list[LinearHead] | None:
+    def linear_heads(self, layer: int) -> list[LinearHead] | None:
         """The target's router through the ratio of the two norms; None where it chooses by more than logits, and for variants."""
         if self.model.choice_scores is not None or type(self) is not GateReuse:
             return None
         target = layer + self.lookahead
         if target >= self.model.n_layers:
             return []
-        nothing = torch.zeros(1, self.model.hidden_size, dtype=dtype, device=self.model.device)
-        bias = self.model.router_logits[target](nothing).float()[0]
-        return [LinearHead(target, reused_gate(self.model, layer, target, dtype), bias if bool(bias.any()) else None)]
+        _, bias = router_matrix(self.model, target, self.model.dtype)
+        weight = reused_gate(self.model, layer, target, self.model.dtype)
+        return [LinearHead(target, weight, bias if bool(bias.any()) else None)]
 
     def stream(self, seen: LayerView, target: int) -> Tensor | None:
         """What `target`'s norm and router are applied to, [T, H]; None: there is nothing to go by yet."""

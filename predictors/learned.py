@@ -20,6 +20,7 @@ from predictors import weights as weights_file
 from predictors.base import AttentionView, LayerView, ModelView, Prediction, Predictor
 from predictors.calibration import Calibration
 from predictors.lookahead import check_lookahead
+from predictors.one_launch import OneLaunch
 from prefetch.errors import ConfigError, PredictorError
 
 
@@ -52,6 +53,7 @@ class LearnedPredictor(Predictor):
     while_running: ClassVar[frozenset[str]] = frozenset({"weights"})  # knobs that the weights do not depend on
     network: nn.Module | None = field(default=None, init=False, repr=False)
     calibration: Calibration | None = field(default=None, init=False, repr=False)
+    one_launch: dict[int, OneLaunch] = field(default_factory=dict, init=False, repr=False)  # by target, in place of the network
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -86,6 +88,11 @@ class LearnedPredictor(Predictor):
             self._load()
         assert self.network is not None
         self.network.to(model.device)
+        self.one_launch = self.launches() if model.device.type == "cuda" else {}
+
+    def launches(self) -> dict[int, OneLaunch]:
+        """Target layer -> a kernel that computes what the network does for it; the others are left to PyTorch."""
+        return {}
 
     def use(self, model: ModelView) -> None:
         """Take the model's sizes, without weights: all that training needs.
@@ -107,7 +114,8 @@ class LearnedPredictor(Predictor):
         if target >= self.model.n_layers:
             return []
         assert self.network is not None, "bind comes first"
-        return [Prediction(target, self.network(seen, target).float())]
+        launch = self.one_launch.get(target)
+        return [Prediction(target, self.network(seen, target).float() if launch is None else launch(seen))]
 
     def probabilities(self, prediction: Prediction) -> Tensor:
         """P(used) [T, E] of every expert, by the calibration that was fitted after training.

@@ -20,6 +20,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from predictors.base import LayerView, LinearHead, ModelView
 from predictors.learned import LearnedPredictor, OneHeadPerTarget, Truth
+from predictors.linear_router import router_matrix
 
 
 @dataclass
@@ -40,7 +41,7 @@ class PreGate(LearnedPredictor):
             assert isinstance(head, nn.Linear)
             head.weight.copy_(reused_gate(self.model, source, target, views[source].hidden.dtype))
 
-    def linear_heads(self, layer: int, dtype: torch.dtype) -> list[LinearHead]:
+    def linear_heads(self, layer: int) -> list[LinearHead]:
         """The trained head itself."""
         target = layer + self.lookahead
         if target >= self.model.n_layers:
@@ -78,7 +79,5 @@ def reused_gate(model: ModelView, source: int, target: int, dtype: torch.dtype) 
     ones = torch.ones(1, model.hidden_size, dtype=dtype, device=model.device)
     here, there = (model.pre_moe_norm[layer](ones).float() for layer in (source, target))
     ratio = torch.where(here == 0, 0.0, there / here)  # [1, H]
-    router = model.router_logits[target]
-    basis = torch.eye(model.hidden_size, dtype=dtype, device=model.device)
-    columns = router(basis).float() - router(torch.zeros_like(basis)).float()  # [H, E], a bias taken off
-    return columns.T * ratio
+    weight, _ = router_matrix(model, target, dtype)
+    return weight * ratio

@@ -24,8 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, gelu
 
+from kernels.predict_mlp import MAX_WIDTH, MlpHead
 from predictors.base import LayerView, ModelView, Prediction
 from predictors.learned import LearnedPredictor, OneHeadPerTarget, Truth
+from predictors.one_launch import MlpLaunch, OneLaunch
 from predictors.online_update import OnlineUpdate
 from prefetch.errors import ConfigError
 
@@ -85,6 +87,13 @@ class PreScope(LearnedPredictor):
         for prediction in predictions:
             self.online.predicted(seen, prediction.layer, prediction.scores)
         return predictions
+
+    def launches(self) -> dict[int, OneLaunch]:
+        """All heads, unless they learn while running or are wider than the kernel's."""
+        assert isinstance(self.network, OneHeadPerTarget)
+        if self.online_threshold is not None or self.width > MAX_WIDTH:
+            return {}
+        return {int(target): MlpLaunch(folded(head)) for target, head in self.network.heads.items()}
 
     def build(self) -> nn.Module:
         """One network per target layer, by the group of the layer that observes.
@@ -193,6 +202,21 @@ class MiddleHead(OuterHead):
         v = gelu(self.enter(torch.cat([projected, *routing_features(seen, self.n_experts)], dim=1)))
         logits: Tensor = self.leave(self.drop(v + torch.sigmoid(self.gate(projected)) * self.block(v)))
         return logits
+
+
+def folded(head: nn.Module) -> MlpHead:
+    """The weights of `head` as the kernel reads them."""
+    assert isinstance(head, OuterHead)
+    outer = head.project.mean, head.project.directions, numbers(head.enter), numbers(head.leave)
+    if not isinstance(head, MiddleHead):
+        return MlpHead.folded(*outer)
+    return MlpHead.folded(*outer, numbers(head.gate), (numbers(head.block[0]), numbers(head.block[3])))
+
+
+def numbers(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias."""
+    assert isinstance(layer, nn.Linear)
+    return layer.weight.detach(), layer.bias.detach()
 
 
 def routing_features(seen: LayerView, n_experts: int) -> tuple[Tensor, Tensor]:

@@ -134,7 +134,7 @@ def _fused_routers(model: PreTrainedModel, family: Family, runtime: LayerServer)
         FusedRouter(
             router.weight,
             getattr(router, "bias", None),
-            runtime.predictor.linear_heads(layer, router.weight.dtype),
+            runtime.predictor.linear_heads(layer),
             routing,
             partial(runtime.hear, layer),
         )
@@ -159,6 +159,8 @@ def model_view(model: PreTrainedModel, family: Family, geometry: MoEGeometry, de
         device,
         _draft_head(model, family, device),
         choice_scores=_choice_scores(model, family, routers),
+        dtype=routers[0].weight.dtype,
+        norm_epsilon=getattr(model.config, "rms_norm_eps", None),
         expert_forms=[_expert_form(model, block, family, device) for block in blocks],
     )
 

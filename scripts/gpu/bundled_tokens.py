@@ -33,9 +33,9 @@ from scripts.gpu.forked import Row
 
 REPOSITORY = Path(__file__).parents[2]
 BUNDLED = REPOSITORY / "models" / "bytes-moe"
-HOST_DRIVEN = (  # the demo's arms, and the two other ways to serve a miss
+HOST_DRIVEN = (  # the demo's arms, one whose predictor is a kernel, and the two other ways to serve a miss
     "experiment=demo", "backend=cuda", "tier=pinned", "repeats=1", "workload.n_prompts=2", "workload.new_tokens=24",
-    "tracking=disabled",
+    "tracking=disabled", "+arms.corrected_gate=['predictor=corrected_gate']",
     "+arms.read_in_place=['planner=cpu_moe','backend.in_place=gpu']", "+arms.on_cpu=['planner=cpu_moe']",
 )  # fmt: skip
 SHARE_OF_SLOTS, STAGING, NEW_TOKENS = 0.25, 8, 96

@@ -29,10 +29,10 @@ FUSED = ["qwen3_next", "qwen3_5_moe_text", "gpt_oss"]
 class Unasked(GateReuse):
     """Gate reuse whose heads must speak for it."""
 
-    def linear_heads(self, layer: int, dtype: torch.dtype) -> Any:
+    def linear_heads(self, layer: int) -> Any:
         plain_one = GateReuse(self.lookahead)
         plain_one.bind(self.model)
-        return plain_one.linear_heads(layer, dtype)
+        return plain_one.linear_heads(layer)
 
     def predict(self, seen: LayerView) -> list[Prediction]:
         raise AssertionError("the router's launch has predicted")
@@ -95,7 +95,7 @@ def test_a_device_driven_step_hears_them_too(tiny_qwen3: Path, tmp_path: Path) -
 def test_linear_heads_are_all_that_the_predictor_says(name: str) -> None:
     predictor: Predictor = configured("predictor", name)
     for view, predictions in show(predictor, make_run()):
-        heads = predictor.linear_heads(view.layer, torch.float32)
+        heads = predictor.linear_heads(view.layer)
         assert heads is not None and [head.target for head in heads] == [p.layer for p in predictions]
         for head, prediction in zip(heads, predictions, strict=True):
             torch.testing.assert_close(linear(view.hidden, head.weight, head.bias), prediction.scores, rtol=1e-4, atol=1e-4)
@@ -105,7 +105,7 @@ def test_linear_heads_are_all_that_the_predictor_says(name: str) -> None:
 def test_others_are_asked_as_ever(name: str) -> None:
     predictor: Predictor = configured("predictor", name)
     next(show(predictor, make_run()))
-    assert predictor.linear_heads(0, torch.float32) is None
+    assert predictor.linear_heads(0) is None
 
 
 @pytest.mark.parametrize("name", FUSED)
