@@ -13,5 +13,5 @@ class Costs:
     call_s: float  # one MoE layer call apart from what follows: launches, books
     expert_s: float  # one expert that is in a slot, whatever the number of its tokens
     load_s: float  # on top, for one that its layer waits for: its books, and being computed by itself
-    predictor_s: float  # one call of the predictor, planning included
+    predictor_s: float  # the predictor at one layer, planning included
     in_place_s: float | None  # one expert computed where it lies, by the CPU; None: not known

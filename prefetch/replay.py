@@ -34,7 +34,7 @@ class SizedExpert(ExpertGeometry):
 
 
 class TimedPredictor(Predictor):
-    """`predictor`, each of whose answers takes `seconds` of `clock`'s time."""
+    """`predictor`, which takes `seconds` of `clock`'s time at every layer: before its attention if it is asked there, else after."""
 
     def __init__(self, predictor: Predictor, clock: VirtualClock, seconds: float):
         self.predictor, self.clock, self.seconds = predictor, clock, seconds
@@ -51,7 +51,8 @@ class TimedPredictor(Predictor):
         return self.predictor.n_parameters()
 
     def predict(self, seen: LayerView) -> list[Prediction]:
-        self.clock.advance(self.seconds)
+        if not self.before_attention:  # else it has been paid for: what a layer takes is both calls together
+            self.clock.advance(self.seconds)
         return self.predictor.predict(seen)
 
     def predict_before_attention(self, seen: AttentionView) -> list[Prediction]:

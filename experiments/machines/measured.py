@@ -26,7 +26,7 @@ class Measured(Machine):
     run: str  # folder that experiments.decode wrote, one sequence at a time
     arm: str = "resident"  # whose computing counts
     loading_arm: str | None = "on_demand"  # which loads every expert; null: a load costs nothing beside its transfer
-    predictor_s: float | None = None  # of one call; null: what the run's arm of the same name took
+    predictor_s: float | None = None  # at one layer; null: what the run's arm of the same name took
     link: Any = None  # {bytes_per_s, latency_s, chunk_bytes}; null: the run's
 
     def __post_init__(self) -> None:

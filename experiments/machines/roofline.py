@@ -19,7 +19,7 @@ class Roofline(Machine):
     memory_bytes_per_s: float  # of the fast tier, as kernels reach it
     call_s: float = 0.0  # launches and books of one MoE layer call
     load_s: float = 0.0  # launches and books of one expert that is waited for
-    predictor_s: float = 0.0  # one call of the predictor and the planner
+    predictor_s: float = 0.0  # predictor and planner at one layer
     in_place_bytes_per_s: float | None = None  # at which the CPU computes an expert where it lies; null: not known
 
     def __post_init__(self) -> None:

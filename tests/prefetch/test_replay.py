@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from predictors.base import Predictor
+from predictors.base import LayerView, Prediction, Predictor
 from predictors.none import NoPredictor
 from predictors.oracle import Oracle
 from predictors.popularity import Popularity
@@ -161,6 +161,22 @@ def test_predictors_that_read_states_are_refused() -> None:
     check_replayable(Popularity())
     with pytest.raises(PredictorError, match="gate_reuse reads hidden states.*predictor=recorded"):
         check_replayable(GateReuse())
+
+
+class BothSides(Predictor):
+    """Is asked before and after the attention, and has nothing to say."""
+
+    before_attention = True
+
+    def predict(self, seen: LayerView) -> list[Prediction]:
+        return []
+
+
+@pytest.mark.parametrize("predictor", [BothSides, PreviousToken])
+def test_predicting_takes_its_time_once_a_layer(predictor: Callable[[], Predictor]) -> None:
+    """What a run measures of it is the sum of both calls."""
+    record = replayed(Scene(random_trace(4), Lru(7), 1, predictor=predictor()))
+    assert record.calls["predictor_s"].tolist() == pytest.approx([COSTS.predictor_s] * len(record.calls))
 
 
 POLICIES: dict[str, Callable[[], CachePolicy]] = {
