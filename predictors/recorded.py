@@ -61,7 +61,7 @@ class Recorded(Predictor):
         if self.guesses is None:
             return replayed
         found = RoutingTrace.load(Path(self.guesses))
-        if not np.array_equal(found.topk_ids, replayed.topk_ids):
+        if not np.array_equal(found.topk_ids[: replayed.n_tokens], replayed.topk_ids):  # of which less may be replayed
             raise TraceError(
                 f"predictor.guesses={self.guesses}: made in a run with other routing than the trace that is replayed"
             )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.after_warmup import trace_after
 from predictors.base import LayerView, stable_top
 from predictors.lookahead import layers_ahead
 from predictors.previous_token import PreviousToken
@@ -76,6 +77,21 @@ def test_guesses_may_come_from_another_file_of_the_same_run(tmp_path: Path) -> N
     assert from_file == said(Recorded(), dataclasses.replace(run, trace=recorded(run)))
     nearer = said(Recorded(guesses=str(path), lookahead=1), dataclasses.replace(run, trace=bare))
     assert nearer == {where: guess for where, guess in from_file.items() if where[3] == 1}
+
+
+def test_the_first_sequences_of_a_run_may_be_replayed_alone(tmp_path: Path) -> None:
+    run = make_run()
+    path = tmp_path / "trace_previous_token.safetensors"
+    recorded(run).save(path)
+    first = trace_after(run.trace, 0, 1)
+    assert 0 < first.n_tokens < run.trace.n_tokens
+    predictor = Recorded(guesses=str(path))
+    predictor.use_trace(first)
+    predictor.bind(run.model)
+    assert max(rows.stop for rows in predictor.rows.values()) == first.n_tokens
+    trace_after(recorded(run), 0, 1).save(path)
+    with pytest.raises(TraceError, match="other routing"):
+        next(show(Recorded(guesses=str(path)), run))
 
 
 def test_guesses_of_another_run_or_none_at_all_are_refused(tmp_path: Path) -> None:
