@@ -85,7 +85,7 @@ def replay(
     """Serve every forward pass of `trace` with `runtime`, whose clock, transfers and compute go by `clock`.
 
     Args:
-        trace: its sequences are numbered from 0, as `numbered` gives them.
+        trace: its sequences are numbered from 0, and their steps too.
         progress: called after each forward pass.
 
     Raises:
@@ -93,7 +93,7 @@ def replay(
     """
     runtime.bind(_view(runtime.geometry))
     ids = torch.from_numpy(trace.topk_ids.astype(np.int64))
-    weights = torch.from_numpy(trace.topk_weights)
+    weights = torch.tensor(trace.topk_weights)  # a copy: a worker's trace may be mapped, and not writable
     token_ids = torch.from_numpy(trace.token_ids.astype(np.int64))
     for forward in trace.forwards():
         rows = forward.rows
