@@ -76,7 +76,7 @@ def read_trace(cfg: DictConfig) -> RoutingTrace:
     """The trace to replay, its sequences numbered from 0.
 
     Raises:
-        TraceError: it cannot be read, or has too few sequences or decoded tokens.
+        TraceError: it cannot be read, lacks forward passes, or has too few sequences or decoded tokens.
         ConfigError: `max_sequences` is impossible.
     """
     trace = RoutingTrace.load(Path(cfg.trace))
@@ -85,12 +85,24 @@ def read_trace(cfg: DictConfig) -> RoutingTrace:
         if cfg.max_sequences < 1:
             raise ConfigError(f"max_sequences={cfg.max_sequences}: it must be at least 1, or null for all")
         trace = trace_after(trace, 0, cfg.max_sequences)
+    _check_steps(trace, cfg.trace)
     n_sequences = int(trace.sequence.max(initial=-1)) + 1
     if not any(counted_calls(trace, cfg.warmup_sequences)):
         raise TraceError(
             f"trace={cfg.trace}: no decoded token is left of its {n_sequences} sequences after warmup_sequences={cfg.warmup_sequences}"
         )
     return trace
+
+
+def _check_steps(trace: RoutingTrace, path: str) -> None:
+    """Raise TraceError unless every sequence is whole: its forward passes are counted again as they are replayed."""
+    expected = (-1, 0)
+    for sequence, step, _ in trace.forwards():
+        if (sequence, step) not in (expected, (expected[0] + 1, 0)):
+            raise TraceError(
+                f"trace={path}: a forward pass is missing before step {step} of sequence {sequence}, counted from 0"
+            )
+        expected = (sequence, step + 1)
 
 
 def run_arm(

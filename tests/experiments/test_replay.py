@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from experiments.after_warmup import ROW_ARRAYS
 from experiments.replay import replay_arms
 from experiments.results import BELADY, BELADY_OVERLAP, OVERLAP, ArmResult, Results
 from prefetch.errors import GatecastError
@@ -168,6 +169,17 @@ def test_a_trace_that_does_not_say_how_large_experts_are(trace_file: Path, tmp_p
     dataclasses.replace(RoutingTrace.load(trace_file), metadata={}).save(bare)
     with pytest.raises(GatecastError, match="does not say how large an expert is: set shape.expert_bytes"):
         run_task("replay", replay_arms, tmp_path / "out", f"trace={bare}", *ROOFLINE, *SMALL)
+
+
+@pytest.mark.parametrize("missing", [0, 3, 20])
+def test_a_trace_that_lacks_a_forward_pass_is_refused(missing: int, trace_file: Path, tmp_path: Path) -> None:
+    """Its guesses and its warm-up would be counted for other sequences or steps than they are of."""
+    whole = random_trace(5, n_tokens=40)
+    kept = np.arange(whole.n_tokens) != missing
+    dataclasses.replace(whole, **{name: getattr(whole, name)[kept] for name in ROW_ARRAYS}).save(tmp_path / "part.safetensors")
+    where = f"before step {missing % 20 + 1} of sequence {missing // 20}"
+    with pytest.raises(GatecastError, match=f"part.safetensors: a forward pass is missing {where}"):
+        run_task("replay", replay_arms, tmp_path / "out", f"trace={tmp_path / 'part.safetensors'}", *ROOFLINE, *SMALL)
 
 
 def test_the_command(trace_file: Path, tmp_path: Path) -> None:
