@@ -10,13 +10,14 @@ Your predictor's recall@k (`experiments.accuracy`) is where to read the map.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from hydra.utils import instantiate
 from joblib import Parallel, delayed
 from omegaconf import DictConfig, OmegaConf
 from rich import box
@@ -27,6 +28,7 @@ from experiments import launch
 from experiments.atomic import write_json, write_text
 from experiments.break_even_map import draw
 from experiments.config import validate_replay
+from experiments.machines.base import Machine
 from experiments.progress import progress_bar
 from experiments.provenance import provenance
 from experiments.replayed_arm import expert_bytes, read_trace, run_arm
@@ -110,8 +112,8 @@ def configured(cfg: DictConfig, point: Point) -> DictConfig:
     OmegaConf.set_struct(at_point, False)
     at_point.predictor = NO_PREDICTOR if point.accuracy is None else oracle
     at_point.cache.slots = point.slots
-    link = dict(at_point.machine.link or {})
-    at_point.machine.link = link | {"bytes_per_s": point.link_bytes_per_s}
+    machine: Machine = instantiate(cfg.machine)
+    at_point.machine.link = asdict(replace(machine.the_link(), bytes_per_s=point.link_bytes_per_s))
     return at_point
 
 
@@ -120,13 +122,11 @@ def figures(cfg: DictConfig, point: Point, trace: RoutingTrace, geometry: MoEGeo
     run = run_arm("oracle", cfg, trace, geometry)
     found = run.figures(cfg.warmup_sequences)
     n_loads = fewest_loads(trace, slot_budget(cfg, geometry).n_slots, cfg.warmup_sequences)
-    costs, row_bytes = run.costs, geometry.expert.row_bytes
-    layer_s = costs.dense_s + costs.call_s + geometry.top_k * costs.expert_s
     names = ("tokens_per_s", "stall_share", "hit_rate", "late_rate", "miss_rate", "wasted_bytes_per_token")
     return {
         "slots": point.slots,
         "link_bytes_per_s": point.link_bytes_per_s,
-        "load_per_layer": row_bytes / point.link_bytes_per_s / layer_s,
+        "load_per_layer": run.link.load_s(geometry.expert.row_bytes) / run.layer_s(cfg.warmup_sequences),
         "accuracy": np.nan if point.accuracy is None else point.accuracy,
         **{name: found[name] for name in names},
         "overlap_tokens_per_s": run.overlapped(geometry, cfg.warmup_sequences),

@@ -57,19 +57,27 @@ class ReplayedArm:
         found = summarise(record_after(self.record, n_warmup), self.link.bytes_per_s)
         return {name: value for name, value in found.items() if not name.startswith(NOT_SIMULATED)}
 
+    def layer_s(self, n_warmup: int) -> float:
+        """What one layer of a decoded forward pass takes on average, without stalls and predicting."""
+        needed, costs = self._decoded(n_warmup).calls["needed"].mean(), self.costs
+        return costs.dense_s + costs.call_s + float(needed) * costs.expert_s
+
     def overlapped(self, geometry: MoEGeometry, n_warmup: int, n_loads: int | None = None) -> float:
         """Tokens/s if loading were hidden behind computing as far as the link allows: the longer of the two is all that is waited for.
 
         Args:
-            n_loads: experts that are loaded; None: as many as this arm missed.
+            n_loads: experts that are loaded; None: as many as this arm missed and did not compute in place.
         """
-        counted, costs = record_after(self.record, n_warmup), self.costs
+        decoded = self._decoded(n_warmup)
+        computing_s = len(decoded.calls) * self.layer_s(n_warmup)
+        n_loads = int((decoded.calls["misses"] - decoded.calls["in_place"]).sum()) if n_loads is None else n_loads
+        loading_s = n_loads * self.link.load_s(geometry.expert.row_bytes)
+        return float(decoded.forwards["n_tokens"].sum()) / max(computing_s, loading_s)
+
+    def _decoded(self, n_warmup: int) -> RunRecord:
+        counted = record_after(self.record, n_warmup)
         calls, forwards = (table[table["phase"] == "decode"] for table in (counted.calls, counted.forwards))
-        computing_s = len(calls) * (costs.dense_s + costs.call_s) + int(calls["needed"].sum()) * costs.expert_s
-        n_chunks = -(-geometry.expert.row_bytes // self.link.chunk_bytes)
-        load_s = n_chunks * self.link.latency_s + geometry.expert.row_bytes / self.link.bytes_per_s
-        n_loads = int(calls["misses"].sum()) if n_loads is None else n_loads
-        return float(forwards["n_tokens"].sum()) / max(computing_s, n_loads * load_s)
+        return RunRecord(calls, forwards, counted.transfers)
 
 
 def read_trace(cfg: DictConfig) -> RoutingTrace:

@@ -20,6 +20,10 @@ class Link:
     latency_s: float = 0.0
     chunk_bytes: int = 1 << 20  # the most that a demand load waits for
 
+    def load_s(self, n_bytes: int) -> float:
+        """How long moving an expert of `n_bytes` occupies it."""
+        return -(-n_bytes // self.chunk_bytes) * self.latency_s + n_bytes / self.bytes_per_s
+
 
 class Machine(ABC):
     """Base of all machines. One file and one YAML each."""

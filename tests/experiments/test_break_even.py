@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
-from experiments.break_even import break_even, crossing, speed_ups, thresholds
+from experiments.break_even import Point, break_even, configured, crossing, speed_ups, thresholds
+from experiments.machines.base import Link
 from prefetch.errors import ConfigError
 from tests.experiments.in_process import run_task
+from tests.experiments.test_replay import measured_run
 from tests.prefetch.test_replay import random_trace
 
 ROOFLINE = [
@@ -71,6 +75,26 @@ def test_a_map_is_drawn_and_no_point_exceeds_its_bound(trace_file: Path, tmp_pat
     assert (table["ratio"] <= table["belady_overlap"] + 1e-9).all()
     slow, fast = (table[table["link_bytes_per_s"] == link].set_index("accuracy")["ratio"] for link in (1e9, 4e10))
     assert slow[1.0] > slow[0.5] and fast[1.0] > fast[0.5]
+    layer_s, latency_s = 10e-6 + (20e6 + 2 * 1e6) / 320e9, 10e-6  # as conf/machine/pcie4_12gb.yaml has it
+    assert table["load_per_layer"].to_numpy() == pytest.approx(
+        (latency_s + 1e6 / table["link_bytes_per_s"]) / layer_s, rel=1e-4
+    )
+
+
+def test_along_the_map_only_the_bandwidth_of_a_measured_link_changes(tmp_path: Path) -> None:
+    run = measured_run(tmp_path / "run")
+    tier = {"link": {"bytes_per_s": 2e9, "latency_s": 3e-5}, "chunk_bytes": 4096}
+    dataclasses.replace(run, config=run.config | {"tier": tier}).save(tmp_path / "run")
+    machine = {"_target_": "experiments.machines.measured.Measured", "run": str(tmp_path / "run"), "link": None}
+    cfg = OmegaConf.create({"machine": machine, "cache": {"slots": 0.25}, "lookahead": 1, "seed": 0})
+    at_point = configured(cfg, Point(0.5, 7e9, None))
+    assert at_point.machine.link == {"bytes_per_s": 7e9, "latency_s": 3e-5, "chunk_bytes": 4096}
+    assert at_point.cache.slots == 0.5 and cfg.machine.link is None
+
+
+def test_a_load_is_told_with_its_latency() -> None:
+    assert Link(1e9, 1e-4, 300).load_s(1000) == pytest.approx(4e-4 + 1e-6)
+    assert Link(1e9, 1e-4, 500).load_s(1000) == pytest.approx(2e-4 + 1e-6)
 
 
 @pytest.mark.parametrize(
