@@ -48,7 +48,17 @@ class Measured(Machine):
         return Link(self.results.provenance["link_bytes_per_s"], latency_s, tier["chunk_bytes"])
 
     def costs(self, geometry: MoEGeometry, dense_bytes: float | None, arm: str | None) -> Costs:
-        """Medians over the repeats, of one layer of a decoded token; `dense_bytes` plays no part."""
+        """Medians over the repeats, of one layer of a decoded token; `dense_bytes` plays no part.
+
+        Raises:
+            ResultsError: the run is of another model, or lacks an arm.
+        """
+        n_total = round(self.results.slots / self.results.slots_fraction)
+        if n_total != geometry.n_total:
+            raise ResultsError(
+                f"machine.run={self.run}: its model has {n_total} experts, that of the trace {geometry.n_total}; what computing takes is known "
+                "of that model alone: choose a run of this one, or a machine from data sheets"
+            )
         computing = self._arm(self.arm)
         dense_s, call_s, experts_s = (_layer_s(computing, part, geometry) for part in ("dense", "overhead", "expert"))
         expert_s = experts_s / geometry.top_k
@@ -56,7 +66,12 @@ class Measured(Machine):
         if self.loading_arm is not None:
             loading_s = sum(_layer_s(self._arm(self.loading_arm), part, geometry) for part in ("overhead", "expert"))
             load_s = max(0.0, loading_s - call_s - experts_s) / geometry.top_k
-        return Costs(dense_s, call_s, expert_s, load_s, self._predictor_s(arm, geometry), in_place_s=expert_s)
+        in_place_s = expert_s if self._computes_where_experts_lie() else None
+        return Costs(dense_s, call_s, expert_s, load_s, self._predictor_s(arm, geometry), in_place_s)
+
+    def _computes_where_experts_lie(self) -> bool:
+        """The CPU computed, and the backing tier was RAM: nothing is to be read first, and no GPU was faster."""
+        return self.results.config["tier"]["kind"] == "host" and self.results.config["backend"]["kind"] == "torch"
 
     def _predictor_s(self, arm: str | None, geometry: MoEGeometry) -> float:
         if arm is None:

@@ -37,8 +37,8 @@ class TimedLayer(LayerCompute):
         """
         if self.costs.in_place_s is None:
             raise ConfigError(
-                "the planner leaves experts to the CPU, but the machine does not say how fast that is: set machine.in_place_bytes_per_s, "
-                "or choose planner=top_m"
+                "the planner leaves experts to the CPU, but nobody knows how fast that is on this machine: choose planner=top_m, or a machine "
+                "from data sheets, with machine.in_place_bytes_per_s"
             )
         self.clock.advance(len(keys) * self.costs.in_place_s)
 

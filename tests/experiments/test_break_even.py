@@ -83,7 +83,7 @@ def test_a_map_is_drawn_and_no_point_exceeds_its_bound(trace_file: Path, tmp_pat
 
 def test_along_the_map_only_the_bandwidth_of_a_measured_link_changes(tmp_path: Path) -> None:
     run = measured_run(tmp_path / "run")
-    tier = {"link": {"bytes_per_s": 2e9, "latency_s": 3e-5}, "chunk_bytes": 4096}
+    tier = {"kind": "host", "link": {"bytes_per_s": 2e9, "latency_s": 3e-5}, "chunk_bytes": 4096}
     dataclasses.replace(run, config=run.config | {"tier": tier}).save(tmp_path / "run")
     machine = {"_target_": "experiments.machines.measured.Measured", "run": str(tmp_path / "run"), "link": None}
     cfg = OmegaConf.create({"machine": machine, "cache": {"slots": 0.25}, "lookahead": 1, "seed": 0})

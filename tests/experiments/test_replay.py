@@ -12,9 +12,11 @@ import pandas as pd
 import pytest
 
 from experiments.after_warmup import ROW_ARRAYS
+from experiments.machines.measured import Measured
 from experiments.replay import replay_arms
 from experiments.results import BELADY, BELADY_OVERLAP, OVERLAP, ArmResult, Results
 from prefetch.errors import GatecastError
+from prefetch.replay import geometry_of
 from prefetch.trace import RoutingTrace
 from tests.experiments.in_process import run_task
 from tests.experiments.synthetic_results import make_results
@@ -94,12 +96,14 @@ def measured_run(folder: Path) -> Results:
         "all_resident": "resident",
     }
     arms = {name: made.arms[there] for there, name in called.items()}
-    tier = {"link": None, "chunk_bytes": 1 << 20}
+    tier = {"kind": "host", "link": None, "chunk_bytes": 1 << 20}
     found = dataclasses.replace(
         made,
         arms=arms,
-        config={"tier": tier, "workload": {"batch_size": 1}},
+        config={"tier": tier, "workload": {"batch_size": 1}, "backend": {"kind": "torch"}},
         provenance={"link_bytes_per_s": 2e9},
+        slots=12,
+        slots_fraction=0.5,
     )
     folder.mkdir()
     found.save(folder)
@@ -119,6 +123,19 @@ def test_the_machine_of_a_run_is_made_of_that_runs_figures(trace_file: Path, tmp
     run_task("replay", replay_arms, tmp_path / "slow", *where, "machine.link={bytes_per_s: 5.0e7}")
     assert Results.load(tmp_path / "slow").arms["slru"].values("tokens_per_s") < simulated.arms["slru"].values("tokens_per_s")
     assert not (tmp_path / "slow/against_measured.csv").exists()
+
+
+def test_a_measured_machine_says_no_more_than_its_run_knows(tmp_path: Path) -> None:
+    """An expert that must be read from a disk first, or that a GPU computed, says nothing of computing in place; nor does another model."""
+    run = measured_run(tmp_path / "run")
+    geometry = geometry_of(random_trace(5), ROW_BYTES)
+    costs = Measured(str(tmp_path / "run")).costs(geometry, None, None)
+    assert costs.in_place_s == costs.expert_s > 0
+    for other in ({"tier": run.config["tier"] | {"kind": "disk"}}, {"backend": {"kind": "cuda"}}):
+        dataclasses.replace(run, config=run.config | other).save(tmp_path / "run")
+        assert Measured(str(tmp_path / "run")).costs(geometry, None, None).in_place_s is None
+    with pytest.raises(GatecastError, match="its model has 24 experts, that of the trace 32"):
+        Measured(str(tmp_path / "run")).costs(geometry_of(random_trace(5, n_layers=4), ROW_BYTES), None, None)
 
 
 def computed_only(resident: ArmResult) -> float:
