@@ -13,6 +13,18 @@ from experiments.statistics import spread
 
 TITLE = "Simulated against measured, decoding"
 FIGURES = ("hit_rate", "late_rate", "miss_rate", "stall_share")
+ALIKE = ("staging", "transient", "scope", "preload", "prefetch_admission")  # knobs of `cache`
+
+
+def unlike(simulated: Results, measured: Results) -> list[str]:
+    """Where the two differ in what all their arms share, so that arms of one name are not the same arm."""
+    here, there = simulated.config, measured.config
+    pairs = {f"cache.{knob}": (here["cache"][knob], there["cache"].get(knob)) for knob in ALIKE}
+    pairs["cache.slots"] = simulated.slots, measured.slots
+    pairs["planner"] = here["planner"], there["planner"]
+    pairs["warmup_sequences"] = here["warmup_sequences"], there["workload"]["warmup_batches"]
+    pairs["max_sequences"] = here["max_sequences"], None
+    return [f"{option} ({ours}, measured with {theirs})" for option, (ours, theirs) in pairs.items() if ours != theirs]
 
 
 def against_measured(simulated: Results, measured: Results) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from experiments import launch
 from experiments.after_warmup import counted_calls, trace_after
-from experiments.against_measured import against_measured, rich_against_measured
+from experiments.against_measured import against_measured, rich_against_measured, unlike
 from experiments.arms import compose_arms, roles
 from experiments.atomic import write_text
 from experiments.config import validate_replay
@@ -69,9 +69,13 @@ def _check_arm(cfg: DictConfig, arm_cfg: DictConfig) -> None:
 
 
 def _compare(cfg: DictConfig, results: Results, folder: Path) -> pd.DataFrame | None:
-    """Simulated beside measured figures, written to `folder`; None where the machine is not that of a run."""
+    """Simulated beside measured figures, written to `folder`; None where it is not that run again."""
     machine = instantiate(cfg.machine)
     if not isinstance(machine, Measured) or machine.link is not None:
+        return None
+    different = unlike(results, machine.results)
+    if different:
+        launch.say(f"not compared with what {cfg.machine.run} measured: {', '.join(different)}")
         return None
     table = against_measured(results, machine.results)
     folder.mkdir(parents=True, exist_ok=True)

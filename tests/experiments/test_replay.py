@@ -100,7 +100,25 @@ def measured_run(folder: Path) -> Results:
     found = dataclasses.replace(
         made,
         arms=arms,
-        config={"tier": tier, "workload": {"batch_size": 1}, "backend": {"kind": "torch"}},
+        config={
+            "tier": tier,
+            "workload": {"batch_size": 1, "warmup_batches": 1},
+            "backend": {"kind": "torch"},
+            "cache": {
+                "staging": 2,
+                "transient": 2,
+                "scope": "per_layer",
+                "preload": "none",
+                "prefetch_admission": "staging",
+            },
+            "planner": {
+                "_target_": "prefetch.planner.top_m.TopM",
+                "m": None,
+                "extra": 0,
+                "max_queued_experts": None,
+                "min_useful_share": 0.4,
+            },
+        },
         provenance={"link_bytes_per_s": 2e9},
         slots=12,
         slots_fraction=0.5,
@@ -110,7 +128,9 @@ def measured_run(folder: Path) -> Results:
     return found
 
 
-def test_the_machine_of_a_run_is_made_of_that_runs_figures(trace_file: Path, tmp_path: Path) -> None:
+def test_the_machine_of_a_run_is_made_of_that_runs_figures(
+    trace_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = measured_run(tmp_path / "run")
     arms = ["arms.predicted=null", "+arms.gate_reuse=['predictor=recorded']"]
     where = [f"trace={trace_file}", f"machine.run={tmp_path / 'run'}", *SMALL, *arms]
@@ -123,6 +143,10 @@ def test_the_machine_of_a_run_is_made_of_that_runs_figures(trace_file: Path, tmp
     run_task("replay", replay_arms, tmp_path / "slow", *where, "machine.link={bytes_per_s: 5.0e7}")
     assert Results.load(tmp_path / "slow").arms["slru"].values("tokens_per_s") < simulated.arms["slru"].values("tokens_per_s")
     assert not (tmp_path / "slow/against_measured.csv").exists()
+    capsys.readouterr()
+    run_task("replay", replay_arms, tmp_path / "more", *where, "cache.slots=16", "warmup_sequences=0")
+    assert not (tmp_path / "more/against_measured.csv").exists()
+    assert "cache.slots (16, measured with 12), warmup_sequences (0, measured with 1)" in capsys.readouterr().err
 
 
 def test_a_measured_machine_says_no_more_than_its_run_knows(tmp_path: Path) -> None:
