@@ -98,7 +98,7 @@ def _results(
         bounds[BELADY_OVERLAP] = runs[baseline].overlapped(geometry, cfg.warmup_sequences, n_loads)
     return Results(
         config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
-        provenance=provenance(cfg.seed) | {"routing": trace.metadata, "costs": dataclasses.asdict(runs[first].costs)},
+        provenance=provenance(cfg.seed) | {"routing": trace.metadata, "machines": _machines(runs)},
         arms={
             name: ArmResult(
                 role_of[name],
@@ -114,6 +114,11 @@ def _results(
         slots_fraction=budget.n_slots / geometry.n_total,
         simulated=True,
     )
+
+
+def _machines(runs: dict[str, ReplayedArm]) -> dict[str, dict[str, object]]:
+    """What each arm was charged; a measured machine's figures stand in no configuration."""
+    return {name: {"costs": dataclasses.asdict(run.costs), "link": dataclasses.asdict(run.link)} for name, run in runs.items()}
 
 
 if __name__ == "__main__":

@@ -46,11 +46,12 @@ class ReplayedArm:
     predictor_failed: bool
     costs: Costs
     link: Link
+    metadata: dict[str, str]  # of the trace that was replayed
 
     @cached_property
     def trace(self) -> RoutingTrace:
-        """The routing, and what was guessed of it."""
-        return self.recorder.trace({})
+        """The routing, and what was guessed of it; which experts were on board then is simulated."""
+        return self.recorder.trace(self.metadata | {"simulated": "which experts were resident"})
 
     def figures(self, n_warmup: int) -> dict[str, float]:
         """The headline metrics of decoding, after the first sequences."""
@@ -145,7 +146,7 @@ def run_arm(
     if broken:
         raise GatecastError(f"arm {name}: the run's books do not balance: {'; '.join(broken)}")
     failed = predicts and isinstance(runtime.predictor, NoPredictor)
-    return ReplayedArm(record, runtime.recorder, failed, costs, link)
+    return ReplayedArm(record, runtime.recorder, failed, costs, link, trace.metadata)
 
 
 def _predictor(cfg: DictConfig, trace: RoutingTrace) -> Predictor:

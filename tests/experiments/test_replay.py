@@ -78,6 +78,16 @@ def test_arms_lie_between_their_bounds(replayed: Path) -> None:
     assert quality is not None and 0.65 < quality.decode()["recall"] < 0.85
 
 
+def test_what_was_charged_and_what_was_replayed_is_kept(replayed: Path) -> None:
+    results = Results.load(replayed)
+    charged = results.provenance["machines"]
+    assert set(charged) == set(results.arms)
+    assert charged["slru"]["link"] == {"bytes_per_s": 25e9, "latency_s": 10e-6, "chunk_bytes": 2097152}
+    assert charged["slru"]["costs"] == charged["guesses"]["costs"] and charged["slru"]["costs"]["dense_s"] == 20e6 / 320e9
+    again = RoutingTrace.load(replayed / "trace_guesses.safetensors").metadata
+    assert again["model"] == "made up" and "simulated" in again
+
+
 def test_a_replay_repeats_itself_to_the_last_digit(replayed: Path, trace_file: Path, tmp_path: Path) -> None:
     run_task("replay", replay_arms, tmp_path, f"trace={trace_file}", *ROOFLINE, *SMALL)
     again, first = Results.load(tmp_path), Results.load(replayed)
