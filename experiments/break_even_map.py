@@ -21,7 +21,7 @@ DARKEST = 0.45  # how far from 1 the colours reach, at least
 
 
 def draw(table: pd.DataFrame, title: str, path: Path) -> None:
-    """Draw `ratio` of each point of `table` as colour, with lines at LEVELS; above each link what no guesses exceed (`overlap`)."""
+    """Draw `ratio` of each point of `table` as colour, with lines at LEVELS; above each link what perfect guesses can reach (`overlap`)."""
     slots = sorted(table["slots"].unique())
     reach = max(DARKEST, float((table["ratio"] - 1).abs().max()))
     norm = TwoSlopeNorm(1.0, 1.0 - reach, 1.0 + reach)
@@ -32,7 +32,7 @@ def draw(table: pd.DataFrame, title: str, path: Path) -> None:
             mesh = _panel(axes, table[table["slots"] == fraction], norm)
             axes.set_title(f"{100 * fraction:.0f} % of experts in slots", loc="left", pad=20)
         panels[0].set_ylabel("recall@k of the guesses (%)")
-        figure.supxlabel("link (GB/s); on top: what no guesses exceed with this cache", fontsize=11)
+        figure.supxlabel("link (GB/s); on top: what perfect guesses can reach with this cache", fontsize=11)
         figure.colorbar(mesh, ax=panels, label="speed against the cache alone (×)")
         figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         with replacing(path) as aside:

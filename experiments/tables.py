@@ -32,7 +32,8 @@ FOOTNOTE = (
 )
 FOOTNOTE_SIMULATED = (
     f"simulated: the same each time, so without spread; {NOT_MEASURED} = not known; overlap = what computing takes, or moving what the "
-    "baseline misses, whichever is longer: no guesses do better with that cache; belady_overlap = likewise with any cache"
+    "baseline misses, whichever is longer: what perfect guesses can reach with that cache; belady_overlap = likewise with any cache of those "
+    "slots; neither holds where experts are computed in place, or all fit"
 )
 METRICS = (
     "tokens_per_s", "tpot_mean_s", "tpot_median_s", "tpot_p95_s", "ttft_s",
@@ -120,7 +121,7 @@ def _speed_rows(results: Results) -> list[Cells]:
 
 
 def _overlap(results: Results, bound: str) -> Cells:
-    """What no guesses can exceed over this link: with the baseline's cache, or with any."""
+    """What perfect guesses can reach over this link: with the baseline's cache, or with any of its size."""
     speed, base = results.bounds[bound], results.baseline()
     ratio = speed / spread(base.values("tokens_per_s")).median if base else math.nan
     return {
