@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from hydra.utils import instantiate
 from joblib import Parallel, delayed
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from omegaconf import DictConfig, OmegaConf
 from rich import box
 from rich.console import Console
@@ -34,7 +35,7 @@ from experiments.provenance import provenance
 from experiments.replayed_arm import expert_bytes, read_trace, run_arm
 from experiments.slot_budget import slot_budget
 from prefetch.cache.fewest_loads import fewest_loads
-from prefetch.errors import ConfigError
+from prefetch.errors import CapacityError, ConfigError
 from prefetch.geometry import MoEGeometry
 from prefetch.replay import geometry_of
 from prefetch.trace import RoutingTrace
@@ -85,6 +86,8 @@ def break_even(cfg: DictConfig, folder: Path) -> None:
 def check(cfg: DictConfig) -> None:
     """Raise ConfigError, naming the option, unless the map can be drawn."""
     validate_replay(cfg)
+    if cfg.n_jobs != -1 and cfg.n_jobs < 1:
+        raise ConfigError(f"n_jobs={cfg.n_jobs}: it must be at least 1, or -1 for one per processor")
     for option in ("links", "accuracies", "slots"):
         values = cfg[option]
         if not OmegaConf.is_list(values) or not len(values) or not all(isinstance(v, int | float) for v in values):
@@ -99,10 +102,19 @@ def check(cfg: DictConfig) -> None:
 def replayed(
     cfg: DictConfig, points: Sequence[Point], trace: RoutingTrace, geometry: MoEGeometry
 ) -> Iterator[dict[str, float]]:
-    """The figures of every point, in order; as many at once as there are processors to use."""
-    n_jobs = 1 if len(points) < 8 else -1
+    """The figures of every point, in order.
+
+    Raises:
+        CapacityError: a process that replayed was killed.
+    """
+    n_jobs = 1 if len(points) < 8 else cfg.n_jobs
     work = (delayed(figures)(configured(cfg, point), point, trace, geometry) for point in points)
-    yield from Parallel(n_jobs=n_jobs, return_as="generator")(work)
+    try:
+        yield from Parallel(n_jobs=n_jobs, return_as="generator")(work)
+    except TerminatedWorkerError as error:
+        raise CapacityError(
+            "a process that replayed was killed, most likely for want of memory: lower n_jobs or max_sequences"
+        ) from error
 
 
 def configured(cfg: DictConfig, point: Point) -> DictConfig:

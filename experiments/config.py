@@ -166,6 +166,7 @@ class BreakEvenConfig(ReplayedConfig):
     accuracies: list[float] = MISSING
     slots: list[float] = MISSING
     lookahead: int = 1
+    n_jobs: int = -1
 
 
 def register() -> None:

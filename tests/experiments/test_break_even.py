@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from omegaconf import OmegaConf
 
 from experiments.break_even import Point, break_even, configured, crossing, speed_ups, thresholds
 from experiments.machines.base import Link
-from prefetch.errors import ConfigError
+from prefetch.errors import CapacityError, ConfigError
 from tests.experiments.in_process import run_task
 from tests.experiments.test_replay import measured_run
 from tests.prefetch.test_replay import random_trace
@@ -92,6 +94,15 @@ def test_along_the_map_only_the_bandwidth_of_a_measured_link_changes(tmp_path: P
     assert at_point.cache.slots == 0.5 and cfg.machine.link is None
 
 
+def test_a_process_that_was_killed_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, trace_file: Path, tmp_path: Path) -> None:
+    def killed(**options: object) -> Callable[[object], list]:
+        raise TerminatedWorkerError("a worker process was unexpectedly terminated")
+
+    monkeypatch.setattr("experiments.break_even.Parallel", killed)
+    with pytest.raises(CapacityError, match="was killed, most likely for want of memory: lower n_jobs"):
+        run_task("break_even", break_even, tmp_path, f"trace={trace_file}", *ROOFLINE)
+
+
 def test_a_load_is_told_with_its_latency() -> None:
     assert Link(1e9, 1e-4, 300).load_s(1000) == pytest.approx(4e-4 + 1e-6)
     assert Link(1e9, 1e-4, 500).load_s(1000) == pytest.approx(2e-4 + 1e-6)
@@ -105,6 +116,7 @@ def test_a_load_is_told_with_its_latency() -> None:
         (["accuracies=[0.5,1.5]"], "accuracies=.*each must be from 0 to 1"),
         (["slots=[12]"], "slots=.*each must be from 0 to 1"),
         (["slots=[]"], "slots=.*a list of numbers"),
+        (["n_jobs=0"], "n_jobs=0: it must be at least 1"),
         (["lookahead=9"], "predictor.lookahead=9: it must be from 1 to 3"),
         (["shape.dense_bytes=null"], "set shape.dense_bytes"),
     ],
