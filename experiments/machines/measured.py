@@ -7,7 +7,8 @@ stream in, is not in these figures.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Measured(Machine):
     arm: str = "resident"  # whose computing counts
     loading_arm: str | None = "on_demand"  # which loads every expert; null: a load costs nothing beside its transfer
     predictor_s: float | None = None  # at one layer; null: what the run's arm of the same name took
-    link: Any = None  # {bytes_per_s, latency_s, chunk_bytes}; null: the run's
+    link: Any = None  # any of {bytes_per_s, latency_s, chunk_bytes}; the rest is the run's
 
     def __post_init__(self) -> None:
         if self.predictor_s is not None:
@@ -41,11 +42,13 @@ class Measured(Machine):
             )
 
     def the_link(self) -> Link:
-        if self.link is not None:
-            return link_of(self.link)
+        """The run's, but for what `link` says."""
         tier = self.results.config["tier"]
         latency_s = tier["link"]["latency_s"] if tier["link"] else 0.0
-        return Link(self.results.provenance["link_bytes_per_s"], latency_s, tier["chunk_bytes"])
+        own = Link(self.results.provenance["link_bytes_per_s"], latency_s, tier["chunk_bytes"])
+        if self.link is None:
+            return own
+        return link_of({**asdict(own), **self.link} if isinstance(self.link, Mapping) else self.link)
 
     def costs(self, geometry: MoEGeometry, dense_bytes: float | None, arm: str | None) -> Costs:
         """Medians over the repeats, of one layer of a decoded token; `dense_bytes` plays no part.

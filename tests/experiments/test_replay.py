@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from experiments.after_warmup import ROW_ARRAYS
+from experiments.machines.base import Link
 from experiments.machines.measured import Measured
 from experiments.replay import replay_arms
 from experiments.results import BELADY, BELADY_OVERLAP, OVERLAP, ArmResult, Results
@@ -171,6 +172,17 @@ def test_the_machine_of_a_run_is_made_of_that_runs_figures(
     run_task("replay", replay_arms, tmp_path / "more", *where, "cache.slots=16", "warmup_sequences=0")
     assert not (tmp_path / "more/against_measured.csv").exists()
     assert "cache.slots (16, measured with 12), warmup_sequences (0, measured with 1)" in capsys.readouterr().err
+
+
+def test_another_link_is_the_runs_but_for_what_is_said(tmp_path: Path) -> None:
+    measured_run(tmp_path / "run")
+    links = [
+        Measured(str(tmp_path / "run"), link=link).the_link() for link in (None, {"bytes_per_s": 1e9}, {"latency_s": 1e-5})
+    ]
+    assert links == [Link(2e9, 0.0, 1 << 20), Link(1e9, 0.0, 1 << 20), Link(2e9, 1e-5, 1 << 20)]
+    for wrong in (5, {"speed": 1e9}):
+        with pytest.raises(GatecastError, match="machine.link="):
+            Measured(str(tmp_path / "run"), link=wrong).the_link()
 
 
 def test_a_measured_machine_says_no_more_than_its_run_knows(tmp_path: Path) -> None:
