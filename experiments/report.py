@@ -49,6 +49,7 @@ def report(cfg: DictConfig, output: Path) -> None:
     for folder in without_results:
         print(f"left out, no {FILE_NAME}: {folder}", file=sys.stderr)
     runs = with_distinct_names([Results.load(folder) for folder in folders], folders)
+    _check_one_kind(runs)
     print(write_report(runs, output)[0])
 
 
@@ -98,6 +99,16 @@ def with_distinct_names(runs: Sequence[Results], folders: Sequence[Path]) -> lis
     depth = next(d for d in range(1, max(map(len, paths)) + 1) if len({p[-d:] for p in paths}) == len(paths))
     names = ["-".join(part.strip("/") for part in parts[-depth:]) for parts in paths]
     return [dataclasses.replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def _check_one_kind(runs: Sequence[Results]) -> None:
+    """Raise ConfigError where some of `runs` were measured and others simulated: one line through both would show neither."""
+    simulated = [run.name for run in runs if run.simulated]
+    if 0 < len(simulated) < len(runs):
+        raise ConfigError(
+            f"runs: {', '.join(simulated)} simulated, the others measured: compare each kind by itself, and a replay with the run that it stands "
+            "in for by python -m experiments.replay experiment=as_measured run=FOLDER"
+        )
 
 
 def _section(run: Results, pictures: Sequence[Path]) -> str:

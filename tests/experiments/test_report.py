@@ -13,9 +13,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
 from experiments.atomic import write_json
 from experiments.report import find_runs, with_distinct_names, write_report
+from experiments.report import report as report_of
 from experiments.results import ArmResult, Results, legend_order
 from prefetch.errors import ConfigError, ResultsError
 from tests.experiments.synthetic_results import make_results
@@ -132,6 +134,15 @@ def test_a_mistake_is_one_clear_line(tmp_path: Path, options: list[str], message
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "multirun").exists()
+
+
+def test_what_was_measured_and_what_was_simulated_share_no_line_of_a_plot(tmp_path: Path) -> None:
+    make_results(0.25).save(tmp_path / "a")
+    dataclasses.replace(make_results(0.5), simulated=True).save(tmp_path / "b")
+    cfg = OmegaConf.create({"runs": [str(tmp_path / "a"), str(tmp_path / "b")]})
+    with pytest.raises(ConfigError, match="runs: b simulated, the others measured"):
+        report_of(cfg, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_patterns_find_finished_runs_and_name_the_others(tmp_path: Path) -> None:
