@@ -228,11 +228,16 @@ def validate_replay(cfg: DictConfig) -> None:
     Raises:
         ConfigError: naming the option at fault and what would be right.
     """
+    for option in ("run", "trace", "machine.run"):
+        if OmegaConf.is_missing(OmegaConf.select(cfg, "machine") if "." in option else cfg, option.split(".")[-1]):
+            raise ConfigError(f"{option} is missing: give {option}=...")
     choices_of = {option: choices for option, choices in CHOICES.items() if option.split(".")[0] in cfg}
     _check_choices(cfg, choices_of)
     _check_whole_numbers(cfg, {"warmup_sequences": 0, **({"timeline_forwards": 0} if "timeline_forwards" in cfg else {})})
     _check_plug_ins(cfg)
     _check_knobs("machine", cfg.machine)
+    if cfg.shape.dense_bytes is not None and not cfg.shape.dense_bytes >= 0:
+        raise ConfigError(f"shape.dense_bytes={cfg.shape.dense_bytes}: it must be at least 0")
     if cfg.cache.preload != "none":
         raise ConfigError(f"cache.preload={cfg.cache.preload}: a replay begins with an empty cache; choose none")
 
