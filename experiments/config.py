@@ -228,7 +228,9 @@ def validate_replay(cfg: DictConfig) -> None:
     Raises:
         ConfigError: naming the option at fault and what would be right.
     """
-    for option in ("run", "trace", "machine.run"):
+    if cfg.get("run", "") is None and "${run}" in str(OmegaConf.to_container(cfg)):
+        raise ConfigError("run is missing: give run=..., the folder of a run of experiments.decode")
+    for option in ("trace", "machine.run"):
         if OmegaConf.is_missing(OmegaConf.select(cfg, "machine") if "." in option else cfg, option.split(".")[-1]):
             raise ConfigError(f"{option} is missing: give {option}=...")
     choices_of = {option: choices for option, choices in CHOICES.items() if option.split(".")[0] in cfg}

@@ -97,10 +97,12 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         return f"there is no {error.missing_cfg_file}; there are {', '.join(error.options)}"
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
-        if cause.parent_node._is_none():
+        options = [str(name) for name in cause.parent_node if not str(name).startswith(("_", "hydra"))]
+        if not options:  # by now OmegaConf has made an empty mapping of a null
             whole, _, part = str(cause.full_key).rpartition(".")
-            return f"{whole} is null, so {cause.full_key} cannot be set by itself: give it as a whole, '{whole}={{{part}: ...}}'"
-        options = (str(name) for name in cause.parent_node if not str(name).startswith(("_", "hydra")))
+            return (
+                f"{whole} is null, so {cause.full_key} cannot be set by itself: give it as a whole, '{whole}={{{part}: ...}}'"
+            )
         return f"{cause.full_key} is not an option; there are {', '.join(options)}"
     texts = [str(error).strip()] + ([str(cause).strip()] if isinstance(cause, OmegaConfBaseException | HydraException) else [])
     lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
