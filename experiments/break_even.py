@@ -201,20 +201,20 @@ def title(cfg: DictConfig) -> str:
 
 def rich_thresholds(found: pd.DataFrame, heading: str) -> Table:
     """The thresholds for a terminal."""
-    table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     columns = (
         "slots\n%",
         "link\nGB/s",
         "load /\nlayer",
         "alone\ntokens/s",
-        "pays from\nrecall %",
-        f"{WORTH_IT} × from\nrecall %",
+        "pays\nfrom\nrecall %",
+        f"{WORTH_IT} ×\nfrom\nrecall %",
         "best\n×",
         "overlap\n×",
         "belady_\noverlap ×",
     )
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in found.to_dict("records"):
         table.add_row(*cells(row))
     return table

@@ -119,6 +119,8 @@ def test_a_load_is_told_with_its_latency() -> None:
         (["n_jobs=0"], "n_jobs=0: it must be at least 1"),
         (["lookahead=9"], "predictor.lookahead=9: it must be from 1 to 3"),
         (["shape.dense_bytes=null"], "set shape.dense_bytes"),
+        (["machine.link=5"], "machine.link=5: it must have bytes_per_s"),
+        (["machine=measured", "machine.run=???"], "machine.run is missing"),
     ],
 )
 def test_a_users_mistake_is_one_clear_line(overrides: list[str], message: str, trace_file: Path, tmp_path: Path) -> None:
