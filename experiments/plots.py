@@ -87,7 +87,8 @@ def tokens_per_s_vs_slots(runs: Sequence[Results], path: Path) -> None:
                 _draw_speed(axes, [(100 * run.slots_fraction, run) for run in runs], name, look)
             axes.set_xticks([100 * fraction for fraction in fractions])
             axes.set_xlabel("experts that have a slot (% of all)")
-        axes.set_ylabel("decoded tokens per second\n(median; bars: lowest to highest repeat)")
+        simulated = all(run.simulated for run in runs)  # each repeat would be the same
+        axes.set_ylabel("decoded tokens per second" + ("" if simulated else "\n(median; bars: lowest to highest repeat)"))
         axes.set_ylim(bottom=0)
         axes.set_title(f"Decode speed{_conditions(runs)}", loc="left")
         _legend(figure, look_of)
