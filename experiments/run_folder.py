@@ -12,6 +12,7 @@ from rich.console import Console
 
 from experiments import launch, plots, tables
 from experiments.atomic import write_text
+from experiments.progress import with_progress
 from experiments.results import BASELINE, Results
 from experiments.timeline import write_timeline
 from experiments.tracking import Tracker
@@ -50,7 +51,7 @@ def write_folder(
     folder.mkdir(parents=True, exist_ok=True)
     tracker = Tracker(tracking.mode, tracking.project)
     tracker.start(results.config, folder)
-    for name, run in runs.items():
+    for name, run in with_progress("writing", list(runs.items())):
         _write_arm(name, run, results.arms[name].role, folder, n_warmup, timeline_forwards)
     tables.write_comparison(results, folder)
     images = [folder / "time_breakdown.png", folder / "recall_per_layer.png", folder / "tokens_per_s.png"]
