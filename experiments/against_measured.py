@@ -11,7 +11,7 @@ from rich.table import Table
 from experiments.results import Results
 from experiments.statistics import spread
 
-TITLE = "Simulated against measured, decoding"
+TITLE = "Simulated against measured, decoding; shares: measured / simulated"
 FIGURES = ("hit_rate", "late_rate", "miss_rate", "stall_share")
 ALIKE = ("staging", "transient", "scope", "preload", "prefetch_admission")  # knobs of `cache`
 
@@ -49,17 +49,17 @@ def against_measured(simulated: Results, measured: Results) -> pd.DataFrame:
 
 def rich_against_measured(table: pd.DataFrame) -> Table:
     """The comparison for a terminal."""
-    found = Table(title=TITLE, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    found = Table(title=TITLE, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     columns = (
         "arm",
         "tokens/s\nmeasured",
         "tokens/s\nsimulated",
-        "difference\n%",
-        "stall %\nmeasured / simulated",
-        "hit %\nmeasured / simulated",
+        "differs\nby %",
+        "stall\n%",
+        "hits\n%",
     )
     for column in columns:
-        found.add_column(column, justify="left" if column == "arm" else "right")
+        found.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     for row in table.to_dict("records"):
         found.add_row(
             row["arm"],
