@@ -1,4 +1,4 @@
-"""Replay recorded routing under any link, machine, cache, predictor and planner: simulated, in seconds, without the model.
+"""Replay recorded routing under any link, machine, cache, predictor and planner: simulated, without the model.
 
     python -m experiments.replay trace=outputs/decode/RUN/trace_slru.safetensors machine.run=outputs/decode/RUN machine.predictor_s=50e-6
     python -m experiments.replay trace=TRACE shape=qwen3_30b_a3b machine=pcie4_12gb cache.slots=0.25 predictor=previous_token
