@@ -34,7 +34,7 @@ def draw(table: pd.DataFrame, title: str, path: Path) -> None:
         panels[0].set_ylabel("recall@k of the guesses (%)")
         figure.supxlabel("link (GB/s); on top: what perfect guesses can reach with this cache", fontsize=11)
         figure.colorbar(mesh, ax=panels, label="speed against the cache alone (×)")
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+        figure.suptitle(title.replace(": ", ":\n", 1), x=0.01, ha="left", fontsize=12)
         with replacing(path) as aside:
             figure.savefig(aside, format="png")
 
