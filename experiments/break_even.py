@@ -72,14 +72,14 @@ def break_even(cfg: DictConfig, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     found = thresholds(table)
     write_text(folder / "break_even.csv", table.to_csv(index=False, float_format="%.6g"))
-    draw(table, title(cfg), folder / "break_even.png")
+    draw(table, title(cfg, trace), folder / "break_even.png")
     config = OmegaConf.to_container(cfg, resolve=True)
     said = provenance(cfg.seed) | {"routing": trace.metadata}
     write_json(
         folder / "break_even.json",
         {"simulated": True, "config": config, "provenance": said, "thresholds": found.to_dict("records")},
     )
-    Console().print(rich_thresholds(found, title(cfg)))
+    Console().print(rich_thresholds(found, title(cfg, trace)))
     launch.say(f"results: {folder}")
 
 
@@ -193,10 +193,11 @@ def crossing(accuracy: Sequence[float] | np.ndarray, ratio: Sequence[float] | np
     return above
 
 
-def title(cfg: DictConfig) -> str:
+def title(cfg: DictConfig, trace: RoutingTrace) -> str:
     """What is shown, and that it is simulated."""
     policy = cfg.cache._target_.rsplit(".", 1)[1].lower()
-    return f"prefetch against {policy} alone, simulated: routing of {Path(cfg.trace).name}, sizes {cfg.shape.name}"
+    routing = trace.metadata.get("model") or Path(cfg.trace).name
+    return f"prefetch against {policy} alone, simulated: routing of {routing}, sizes {cfg.shape.name}"
 
 
 def rich_thresholds(found: pd.DataFrame, heading: str) -> Table:

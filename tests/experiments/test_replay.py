@@ -211,7 +211,10 @@ def computed_only(resident: ArmResult) -> float:
         (["machine=measured"], "machine.run is missing: give machine.run=..."),
         (["trace=???"], "trace is missing: give trace=..."),
         (["machine=measured", "experiment=as_measured"], "run is missing: give run=..."),
-        (["machine=measured", "machine.link.bytes_per_s=1e9"], "machine.link is null, so machine.link.bytes_per_s cannot be set"),
+        (
+            ["machine=measured", "machine.link.bytes_per_s=1e9"],
+            "machine.link is null, so machine.link.bytes_per_s cannot be set",
+        ),
         (["shape.dense_bytes=-1"], "shape.dense_bytes=-1.0: it must be at least 0"),
         (["machine=measured", "machine.run=/nonexistent"], "/nonexistent: no results.json in it"),
         (["shape.dense_bytes=null"], "set shape.dense_bytes"),
