@@ -21,7 +21,8 @@ FILLED_IN = re.compile(r"^(Usage|NAME)|GROUP=|format=NAME")  # lines of --help t
 
 def shown() -> list[tuple[str, tuple[str, ...]]]:
     """(program, overrides) of every command on the pages, once."""
-    lines = (line for page in PAGES for line in (CONF.parent / Path(page)).read_text().splitlines())
+    pages = [(CONF.parent / Path(page)).read_text().replace("\\\n", " ") for page in PAGES]  # broken lines are one
+    lines = (line for page in pages for line in page.splitlines())
     found = (COMMAND.search(line) for line in lines if not FILLED_IN.search(line))
     return list(dict.fromkeys((m[1], tuple(shlex.split(m[2], comments=True))) for m in found if m))
 
