@@ -141,10 +141,11 @@ class OffloadRuntime(LayerServer):
     ) -> list[Prediction] | None:
         """Enqueue the predictor where experts are computed by enqueueing and it computes there too, unless its heads have spoken with
         the router: its scores then come with the router's choice, in one wait. None: it is asked later, while demand loads travel."""
-        if (heard := self.heard.pop(layer, None)) is not None:
-            return heard
-        if not (self.compute.enqueues and self.predictor.on_device) or self._nothing_to_prefetch():
+        heard = self.heard.pop(layer, None)
+        if (heard is None and not (self.compute.enqueues and self.predictor.on_device)) or self._nothing_to_prefetch():
             return None
+        if heard is not None:
+            return heard
         started = self.clock()
         seen = self.layer_view(layer, hidden, topk_ids, topk_weights)
         guesses = self._guarded(lambda: self._well_formed(self.predictor.predict(seen)), layer)
