@@ -91,7 +91,9 @@ def test_forwards_cover_every_row_once() -> None:
 
 def test_sequences_of_one_forward_pass_each_are_told_apart() -> None:
     trace = make_run().trace
-    prefills = dataclasses.replace(trace, **{name: getattr(trace, name)[trace.step == 0] for name in ARRAYS})
+    prefills = dataclasses.replace(
+        trace, **{name: getattr(trace, name)[trace.step == 0] for name in ARRAYS}, guesses={}, resident={}
+    )
     assert [(f.sequence, f.step, f.rows.stop - f.rows.start) for f in prefills.forwards()] == [
         (0, 0, PROMPT),
         (1, 0, PROMPT),
@@ -100,7 +102,7 @@ def test_sequences_of_one_forward_pass_each_are_told_apart() -> None:
 
 def test_an_empty_run_has_no_forwards_and_no_events() -> None:
     trace = make_run().trace
-    nothing = dataclasses.replace(trace, **{name: getattr(trace, name)[:0] for name in ARRAYS})
+    nothing = dataclasses.replace(trace, **{name: getattr(trace, name)[:0] for name in ARRAYS}, guesses={}, resident={})
     assert nothing.forwards() == []
     assert nothing.routing_events() == []
 
