@@ -26,7 +26,7 @@ from experiments.accuracy_plots import draw
 from experiments.accuracy_tables import Tables, as_markdown, for_terminal, tables_of
 from experiments.arm import preload_order
 from experiments.atomic import write_json, write_text
-from experiments.config import ModelConfig, TrackingConfig, check_predictor, compose_policy, repository_path
+from experiments.config import ModelConfig, TrackingConfig, check_knobs, compose_policy, repository_path
 from experiments.findings import Courtroom, Findings, examine
 from experiments.model_view import load_model_view
 from experiments.progress import progress_bar
@@ -94,7 +94,7 @@ def compose_predictor(label: str, model_path: str) -> Predictor:
         cfg = compose(overrides=overrides)
     except HydraException as error:
         raise ConfigError(f"predictors names {label!r}: {launch.one_line(error)}") from error
-    check_predictor(cfg.predictor)
+    check_knobs("predictor", cfg.predictor)
     predictor: Predictor = instantiate(cfg.predictor)
     return predictor
 

@@ -7,9 +7,7 @@ from math import inf
 
 from prefetch.accounting import is_preload
 from prefetch.recorder import RunRecord
-from prefetch.trace import RoutingTrace
-
-ROW_ARRAYS = ("sequence", "step", "phase", "token_ids", "topk_ids", "topk_weights")
+from prefetch.trace import ROW_ARRAYS, RoutingTrace
 
 
 def record_after(record: RunRecord, n_sequences: int) -> RunRecord:

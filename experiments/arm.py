@@ -10,26 +10,23 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from experiments.arm_parts import build_planner, build_predictor, build_tier
 from experiments.backend import backend, build_source
-from experiments.config import compose_policy, repository_path
+from experiments.config import repository_path
 from experiments.device_arm import device_driven
 from experiments.generation import Generation, generate_all
-from experiments.slot_budget import SlotBudget, is_kind, slot_budget
+from experiments.slot_budget import is_kind, slot_budget
 from experiments.workload import Batch
 from predictors import hot_experts
 from predictors.base import ModelView
 from predictors.none import NoPredictor
-from prefetch.cache.base import CachePolicy
 from prefetch.device_recording import RecordedDeviceRuntime
-from prefetch.fast_tier import FastTier
-from prefetch.geometry import ExpertKey, MoEGeometry
+from prefetch.geometry import ExpertKey
 from prefetch.model import attach
-from prefetch.planner.none import NoPrefetch
 from prefetch.recorder import RunRecord
 from prefetch.runtime import OffloadRuntime
 from prefetch.store import ExpertStore
@@ -47,11 +44,6 @@ class ArmRun:
     generations: list[Generation]
     predictor_failed: bool
     peak_rss_bytes: int
-
-
-def build_policy(cfg: DictConfig, budget: SlotBudget, geometry: MoEGeometry) -> CachePolicy:
-    """The arm's cache policy, per layer or over all layers."""
-    return compose_policy(cfg.cache, budget.capacity, geometry.n_layers)
 
 
 def preload_order(cache: DictConfig, model: ModelView) -> list[ExpertKey]:
@@ -96,19 +88,8 @@ def runtime(
         if source is None:
             source = stack.enter_context(closing(build_source(cfg, store)))
         parts = stack.enter_context(backend(cfg, store, budget.n_slots, source))
-        tier = FastTier(
-            parts.pool,
-            build_policy(cfg, budget, geometry),
-            parts.transfers,
-            staging=budget.staging,
-            transient=budget.transient,
-            policy_admits=cfg.cache.prefetch_admission == "policy",
-        )
-        predictor = instantiate(cfg.predictor)
-        if trace is not None and hasattr(predictor, "use_trace"):
-            predictor.use_trace(trace)
-        plans = not is_kind(cfg.predictor, NoPredictor) or leaves_in_place(cfg)
-        planner = instantiate(cfg.planner) if plans else NoPrefetch()
+        tier = build_tier(cfg, budget, geometry, parts.pool, parts.transfers)
+        predictor, planner = build_predictor(cfg, trace), build_planner(cfg)
         yield OffloadRuntime(geometry, tier, predictor, planner, partial(_read_expert, store, source), parts.compute)
 
 
@@ -143,8 +124,3 @@ def run_arm(
 def rounding_unit(dtype: torch.dtype) -> float:
     """Relative spacing of the dtype's numbers."""
     return torch.finfo(dtype).eps
-
-
-def leaves_in_place(cfg: DictConfig) -> bool:
-    """The planner may leave misses in the backing tier, to be computed there."""
-    return "cpu_fallback" in cfg.planner._target_

@@ -230,14 +230,13 @@ def validate_replay(cfg: DictConfig) -> None:
     """
     if cfg.get("run", "") is None and "${run}" in str(OmegaConf.to_container(cfg)):
         raise ConfigError("run is missing: give run=..., the folder of a run of experiments.decode")
-    for option in ("trace", "machine.run"):
-        if OmegaConf.is_missing(OmegaConf.select(cfg, "machine") if "." in option else cfg, option.split(".")[-1]):
+    for node, key, option in ((cfg, "trace", "trace"), (cfg.machine, "run", "machine.run")):
+        if OmegaConf.is_missing(node, key):
             raise ConfigError(f"{option} is missing: give {option}=...")
-    choices_of = {option: choices for option, choices in CHOICES.items() if option.split(".")[0] in cfg}
-    _check_choices(cfg, choices_of)
-    _check_whole_numbers(cfg, {"warmup_sequences": 0, **({"timeline_forwards": 0} if "timeline_forwards" in cfg else {})})
+    _check_choices(cfg, {option: choices for option, choices in CHOICES.items() if option.split(".")[0] in cfg})
+    _check_whole_numbers(cfg, {option: 0 for option in ("warmup_sequences", "timeline_forwards") if option in cfg})
     _check_plug_ins(cfg)
-    _check_knobs("machine", cfg.machine)
+    check_knobs("machine", cfg.machine)
     if cfg.shape.dense_bytes is not None and not cfg.shape.dense_bytes >= 0:
         raise ConfigError(f"shape.dense_bytes={cfg.shape.dense_bytes}: it must be at least 0")
     if cfg.cache.preload != "none":
@@ -261,10 +260,10 @@ def _check_whole_numbers(cfg: DictConfig, least_of: Mapping[str, int]) -> None:
 def _check_plug_ins(cfg: DictConfig) -> None:
     """Cache, predictor and planner, whatever else a program has."""
     _check_whole_numbers(cfg, {"cache.staging": 0, "cache.transient": 1})
-    _check_knobs("cache", cfg.cache, given=("capacity",), common=CACHE_COMMON)
+    check_knobs("cache", cfg.cache, given=("capacity",), common=CACHE_COMMON)
     if "predictor" in cfg:
-        _check_knobs("predictor", cfg.predictor)
-    _check_knobs("planner", cfg.planner)
+        check_knobs("predictor", cfg.predictor)
+    check_knobs("planner", cfg.planner)
     if cfg.cache.prefetch_admission == "policy" and not get_class(cfg.cache._target_).admits_prefetch:
         raise ConfigError(
             f"cache.prefetch_admission=policy, but {cfg.cache._target_} does not admit prefetches: use an slru cache, or staging"
@@ -317,16 +316,6 @@ def _check_driven_by_device(cfg: DictConfig) -> None:
         )
 
 
-def check_predictor(predictor: DictConfig) -> None:
-    """Raise ConfigError unless every knob of `predictor` is one of its class, of the declared type."""
-    _check_knobs("predictor", predictor)
-
-
-def check_format(trace_format: DictConfig) -> None:
-    """Raise ConfigError unless every knob of `trace_format` is one of its class, of the declared type."""
-    _check_knobs("format", trace_format)
-
-
 def compose_policy(cache: DictConfig, capacity: int, n_layers: int) -> Any:
     """The cache policy that `cache` describes, for `capacity` experts, over all layers or split among them."""
     from prefetch.cache.per_layer import PerLayer
@@ -342,8 +331,14 @@ def repository_path(path: str) -> Path:
     return found if found.is_absolute() or found.exists() else REPOSITORY / found
 
 
-def _check_knobs(group: str, node: Any, given: tuple[str, ...] = (), common: tuple[str, ...] = ()) -> None:
-    """Every key is an argument of the plug-in's class, and every plain value is of the type that the class declares."""
+def check_knobs(group: str, node: Any, given: tuple[str, ...] = (), common: tuple[str, ...] = ()) -> None:
+    """Raise ConfigError unless every key of `node`, the plug-in chosen in `group`, is an argument of its class, and every plain value is of
+    the type that the class declares.
+
+    Args:
+        given: arguments that no configuration gives.
+        common: keys that are not the class's.
+    """
     target = node.get("_target_") if isinstance(node, DictConfig) else None
     if not target:
         raise ConfigError(f"{group} has no _target_: name the class to use, e.g. through {group}=NAME")
@@ -365,7 +360,7 @@ def _check_knobs(group: str, node: Any, given: tuple[str, ...] = (), common: tup
 def _check_value(option: str, value: Any, declared: Any) -> None:
     """A nested plug-in is checked like any other; what a class does not declare, or declares as its own kind, it checks."""
     if isinstance(value, DictConfig) and "_target_" in value:
-        _check_knobs(option, value)
+        check_knobs(option, value)
         return
     parts = get_args(declared) or (declared,)
     if not all(part in PLAIN_TYPES for part in parts):

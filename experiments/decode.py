@@ -19,7 +19,8 @@ from rich.console import Console
 
 from experiments import launch
 from experiments.after_warmup import counted_calls, record_after, trace_after
-from experiments.arm import ArmRun, leaves_in_place, run_arm
+from experiments.arm import ArmRun, run_arm
+from experiments.arm_parts import check_books, leaves_in_place
 from experiments.arms import compose_arms, roles, rotated
 from experiments.backend import BackingTiers, enforce_budget, memory_budget, use_device
 from experiments.config import repository_path, validate
@@ -33,9 +34,9 @@ from experiments.run_folder import write_folder
 from experiments.shipped_predictor import announcement, default_predictor, shipped_pre_gates
 from experiments.slot_budget import check_slots, slot_budget
 from experiments.workload import Batch, load_batches
-from prefetch.accounting import is_preload, summarise, violations
+from prefetch.accounting import is_preload, summarise
 from prefetch.cache.belady import belady_hits
-from prefetch.errors import CapacityError, ConfigError, GatecastError, TokenMismatchError
+from prefetch.errors import CapacityError, ConfigError, TokenMismatchError
 from prefetch.geometry import ExpertKey
 from prefetch.model import load_offloaded, load_whole
 from prefetch.store import ExpertStore
@@ -175,9 +176,7 @@ def _link_rate(cfg: DictConfig, store: ExpertStore, tiers: BackingTiers, device:
 
 def _check(name: str, run: ArmRun, reference: list[Generation] | None, arms: dict[str, Measured], epsilon: float) -> None:
     """Refuse a run that is wrong: its books, its bits against other arms, its tokens against the unmodified model."""
-    broken = violations(run.record)
-    if broken:
-        raise GatecastError(f"arm {name}: the run's books do not balance: {'; '.join(broken)}")
+    check_books(name, run.record)
     for other_name, other in arms.items():
         drivers = {arms[name].cfg.backend.driven_by, other.cfg.backend.driven_by}
         if len(drivers) > 1 or _rounds_apart(arms[name].cfg) or _rounds_apart(other.cfg):

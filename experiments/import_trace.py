@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments import launch
-from experiments.config import check_format
+from experiments.config import check_knobs
 from predictors.recording import TRACE
 from prefetch.errors import ConfigError, TraceError
 from prefetch.trace_formats.base import TraceFormat
@@ -39,7 +39,7 @@ def main() -> None:
 
 def import_trace(cfg: DictConfig, folder: Path) -> None:
     """Read `cfg.file` in the format `cfg.format`, and write its routing to `folder`."""
-    check_format(cfg.format)
+    check_knobs("format", cfg.format)
     source = Path(cfg.file)
     if not cfg.file or not source.exists():
         raise ConfigError(f"file={cfg.file}: no such file; name the dump to read")

@@ -14,19 +14,16 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments.after_warmup import counted_calls, record_after, trace_after
-from experiments.config import compose_policy
+from experiments.arm_parts import build_planner, build_predictor, build_tier, check_books
 from experiments.machines.base import Link, Machine
 from experiments.slot_budget import slot_budget
-from predictors.base import Predictor
 from predictors.none import NoPredictor
-from prefetch.accounting import summarise, violations
+from prefetch.accounting import summarise
 from prefetch.clock import VirtualClock
 from prefetch.compute.timed_experts import TimedExperts
 from prefetch.costs import Costs
-from prefetch.errors import ConfigError, GatecastError, TraceError
-from prefetch.fast_tier import FastTier
+from prefetch.errors import ConfigError, TraceError
 from prefetch.geometry import MoEGeometry
-from prefetch.planner.none import NoPrefetch
 from prefetch.recorder import Recorder, RunRecord
 from prefetch.replay import TimedPredictor, check_replayable, no_reading, replay
 from prefetch.runtime import OffloadRuntime
@@ -123,38 +120,23 @@ def run_arm(
         ConfigError, PredictorError, CapacityError, ResultsError: the arm cannot be.
     """
     machine: Machine = instantiate(cfg.machine)
-    predictor = _predictor(cfg, trace)
+    predictor = build_predictor(cfg, trace)
+    check_replayable(predictor)
     predicts = not isinstance(predictor, NoPredictor)
     costs, link = machine.costs(geometry, cfg.shape.dense_bytes, name if predicts else None), machine.the_link()
     clock = VirtualClock()
     budget = slot_budget(cfg, geometry)
-    tier = FastTier(
-        SlotBooks(geometry, budget.n_slots),
-        compose_policy(cfg.cache, budget.capacity, geometry.n_layers),
-        VirtualTransfers(clock, row_bytes=geometry.expert.row_bytes, **dataclasses.asdict(link)),
-        staging=budget.staging,
-        transient=budget.transient,
-        policy_admits=cfg.cache.prefetch_admission == "policy",
-    )
-    planner = instantiate(cfg.planner) if predicts or "cpu_fallback" in cfg.planner._target_ else NoPrefetch()
+    books = SlotBooks(geometry, budget.n_slots)
+    transfers = VirtualTransfers(clock, row_bytes=geometry.expert.row_bytes, **dataclasses.asdict(link))
+    tier = build_tier(cfg, budget, geometry, books, transfers)
     shown = TimedPredictor(predictor, clock, costs.predictor_s) if predicts else predictor
-    runtime = OffloadRuntime(geometry, tier, shown, planner, no_reading, TimedExperts(clock, costs), clock)
+    runtime = OffloadRuntime(geometry, tier, shown, build_planner(cfg), no_reading, TimedExperts(clock, costs), clock)
     with torch.inference_mode():
         replay(runtime, trace, clock, costs, progress)
     record = runtime.record()
-    broken = violations(record)
-    if broken:
-        raise GatecastError(f"arm {name}: the run's books do not balance: {'; '.join(broken)}")
+    check_books(name, record)
     failed = predicts and isinstance(runtime.predictor, NoPredictor)
     return ReplayedArm(record, runtime.recorder, failed, costs, link, trace.metadata)
-
-
-def _predictor(cfg: DictConfig, trace: RoutingTrace) -> Predictor:
-    predictor: Predictor = instantiate(cfg.predictor)
-    check_replayable(predictor)
-    if hasattr(predictor, "use_trace"):
-        predictor.use_trace(trace)
-    return predictor
 
 
 def expert_bytes(cfg: DictConfig, trace: RoutingTrace) -> int:

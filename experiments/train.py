@@ -20,7 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from experiments import launch
 from experiments.atomic import write_json
-from experiments.config import ModelConfig, TrackingConfig, check_predictor, repository_path
+from experiments.config import ModelConfig, TrackingConfig, check_knobs, repository_path
 from experiments.model_view import load_model_view
 from experiments.progress import progress_bar
 from experiments.provenance import provenance
@@ -121,7 +121,7 @@ def split_by_source(documents: list[RecordedDocument], one_in: int) -> tuple[lis
 
 
 def _checked(cfg: DictConfig) -> TrainOptions:
-    check_predictor(cfg.predictor)
+    check_knobs("predictor", cfg.predictor)
     options: TrainOptions = OmegaConf.to_object(cfg.train)  # type: ignore[assignment]
     for option, least in (("epochs", 1), ("patience", 1), ("batch_rows", 1), ("held_out_one_in", 2), ("max_rows", 1)):
         if getattr(options, option) < least:

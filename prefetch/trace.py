@@ -23,6 +23,7 @@ from prefetch.geometry import ExpertKey
 FORMAT = "gatecast routing trace, version 1"
 TOKEN_DTYPES = {"sequence": np.int32, "step": np.int32, "phase": np.uint8, "token_ids": np.int32}
 ROUTING_DTYPES = {"topk_ids": np.uint16, "topk_weights": np.float32}
+ROW_ARRAYS = (*TOKEN_DTYPES, *ROUTING_DTYPES)  # a row a token each
 
 
 class ForwardRows(NamedTuple):
@@ -77,7 +78,7 @@ class RoutingTrace:
 
     def save(self, path: Path) -> None:
         """Write the trace to `path`; a crash leaves either the old file or the new one."""
-        arrays = {name: getattr(self, name) for name in (*TOKEN_DTYPES, *ROUTING_DTYPES)}
+        arrays = {name: getattr(self, name) for name in ROW_ARRAYS}
         arrays |= {f"guesses.{d}": guesses for d, guesses in self.guesses.items()}
         arrays |= {f"resident.{d}": resident for d, resident in self.resident.items()}
         header = {"format": FORMAT, "n_experts": str(self.n_experts), "metadata": json.dumps(self.metadata)}
@@ -103,7 +104,7 @@ class RoutingTrace:
             raise TraceError(f"{path}: its format is {header.get('format')!r}; this version reads {FORMAT!r}")
         try:
             return cls(
-                **{name: arrays.pop(name) for name in (*TOKEN_DTYPES, *ROUTING_DTYPES)},
+                **{name: arrays.pop(name) for name in ROW_ARRAYS},
                 n_experts=int(header["n_experts"]),
                 guesses=_by_lookahead(arrays, "guesses."),
                 resident=_by_lookahead(arrays, "resident."),

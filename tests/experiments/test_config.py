@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from experiments.config import LONGEST_NAME, _check_knobs, _check_link, folder_name
+from experiments.config import LONGEST_NAME, _check_link, check_knobs, folder_name
 from prefetch.errors import ConfigError
 
 TOP_M = "prefetch.planner.top_m.TopM"
@@ -11,7 +11,7 @@ TOP_M = "prefetch.planner.top_m.TopM"
 
 @pytest.mark.parametrize("knobs", [{}, {"m": None}, {"m": 3}, {"min_useful_share": 1}, {"min_useful_share": 0.5}])
 def test_values_of_the_declared_type_pass(knobs):
-    _check_knobs("planner", OmegaConf.create({"_target_": TOP_M, **knobs}))
+    check_knobs("planner", OmegaConf.create({"_target_": TOP_M, **knobs}))
 
 
 @pytest.mark.parametrize(
@@ -27,13 +27,13 @@ def test_values_of_the_declared_type_pass(knobs):
 )
 def test_others_are_named(knobs, said):
     with pytest.raises(ConfigError, match=said):
-        _check_knobs("planner", OmegaConf.create({"_target_": TOP_M, **knobs}))
+        check_knobs("planner", OmegaConf.create({"_target_": TOP_M, **knobs}))
 
 
 def test_a_plug_in_within_a_plug_in_is_checked_too():
     nested = {"_target_": "prefetch.planner.cpu_fallback.CpuFallback", "prefetch": {"_target_": TOP_M, "m": "x"}}
     with pytest.raises(ConfigError, match="planner.prefetch.m=x"):
-        _check_knobs("planner", OmegaConf.create(nested))
+        check_knobs("planner", OmegaConf.create(nested))
 
 
 @pytest.mark.parametrize("link", [5, "fast", {"bytes_per_s": 1e9}, {"bytes_per_s": "1GB", "latency_s": 0}])

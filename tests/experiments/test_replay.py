@@ -11,14 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.after_warmup import ROW_ARRAYS
 from experiments.machines.base import Link
 from experiments.machines.measured import Measured
 from experiments.replay import replay_arms
 from experiments.results import BELADY, BELADY_OVERLAP, OVERLAP, ArmResult, Results
 from prefetch.errors import GatecastError
 from prefetch.replay import geometry_of
-from prefetch.trace import RoutingTrace
+from prefetch.trace import ROW_ARRAYS, RoutingTrace
 from tests.experiments.in_process import run_task
 from tests.experiments.synthetic_results import make_results
 from tests.prefetch.test_replay import random_trace

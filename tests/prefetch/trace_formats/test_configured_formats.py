@@ -8,7 +8,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from experiments.config import check_format
+from experiments.config import check_knobs
 from prefetch.errors import TraceError
 from prefetch.trace_formats.base import TraceFormat
 
@@ -18,7 +18,7 @@ FORMATS = sorted((Path(__file__).parents[3] / "conf/format").glob("*.yaml"))
 @pytest.mark.parametrize("path", FORMATS, ids=lambda path: path.stem)
 def test_it_refuses_what_is_not_its_own_in_one_line(path: Path, tmp_path: Path) -> None:
     config = OmegaConf.load(path)
-    check_format(config)  # type: ignore[arg-type]
+    check_knobs("format", config)  # type: ignore[arg-type]
     reader = instantiate(config)
     assert isinstance(reader, TraceFormat)
     for name, content in (("empty", b""), ("text", b"layer,expert\n0,1\n"), ("binary", bytes(range(256)))):
