@@ -29,7 +29,7 @@ from experiments import launch
 from experiments.atomic import write_json, write_text
 from experiments.break_even_map import draw
 from experiments.config import validate_replay
-from experiments.machines.base import Machine
+from experiments.machines.base import Link, Machine
 from experiments.progress import progress_bar
 from experiments.provenance import provenance
 from experiments.replayed_arm import expert_bytes, read_trace, run_arm
@@ -108,7 +108,14 @@ def replayed(
         CapacityError: a process that replayed was killed.
     """
     n_jobs = 1 if len(points) < 8 else cfg.n_jobs
-    work = (delayed(figures)(configured(cfg, point), point, trace, geometry) for point in points)
+    machine: Machine = instantiate(cfg.machine)
+    cfgs = [configured(cfg, point, machine.the_link()) for point in points]
+    n_slots = {point.slots: slot_budget(at_point, geometry).n_slots for point, at_point in zip(points, cfgs, strict=True)}
+    n_loads = {slots: fewest_loads(trace, n, cfg.warmup_sequences) for slots, n in n_slots.items()}
+    work = (
+        delayed(figures)(at_point, point, trace, geometry, n_loads[point.slots])
+        for point, at_point in zip(points, cfgs, strict=True)
+    )
     try:
         yield from Parallel(n_jobs=n_jobs, return_as="generator")(work)
     except TerminatedWorkerError as error:
@@ -117,23 +124,21 @@ def replayed(
         ) from error
 
 
-def configured(cfg: DictConfig, point: Point) -> DictConfig:
-    """`cfg` at one point of the map."""
+def configured(cfg: DictConfig, point: Point, link: Link) -> DictConfig:
+    """`cfg` at one point of the map, over `link` but for its bandwidth."""
     oracle = {"_target_": "predictors.oracle.Oracle", "accuracy": point.accuracy, "lookahead": cfg.lookahead, "seed": cfg.seed}
     at_point = cfg.copy()
     OmegaConf.set_struct(at_point, False)
     at_point.predictor = NO_PREDICTOR if point.accuracy is None else oracle
     at_point.cache.slots = point.slots
-    machine: Machine = instantiate(cfg.machine)
-    at_point.machine.link = asdict(replace(machine.the_link(), bytes_per_s=point.link_bytes_per_s))
+    at_point.machine.link = asdict(replace(link, bytes_per_s=point.link_bytes_per_s))
     return at_point
 
 
-def figures(cfg: DictConfig, point: Point, trace: RoutingTrace, geometry: MoEGeometry) -> dict[str, float]:
-    """One replay: what it found, and the bound of its link."""
+def figures(cfg: DictConfig, point: Point, trace: RoutingTrace, geometry: MoEGeometry, n_loads: int) -> dict[str, float]:
+    """One replay: what it found, and the bounds of its link, where `n_loads` experts must be loaded at least."""
     run = run_arm("oracle", cfg, trace, geometry)
     found = run.figures(cfg.warmup_sequences)
-    n_loads = fewest_loads(trace, slot_budget(cfg, geometry).n_slots, cfg.warmup_sequences)
     names = ("tokens_per_s", "stall_share", "hit_rate", "late_rate", "miss_rate", "wasted_bytes_per_token")
     return {
         "slots": point.slots,

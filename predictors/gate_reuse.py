@@ -14,7 +14,7 @@ from torch import Tensor
 from predictors.base import LayerView, LinearHead, ModelView, Prediction, Predictor
 from predictors.linear_router import router_matrix
 from predictors.lookahead import check_lookahead
-from predictors.pre_gate import reused_gate
+from predictors.pre_gate import norm_ratio
 
 
 @dataclass
@@ -50,9 +50,9 @@ class GateReuse(Predictor):
         target = layer + self.lookahead
         if target >= self.model.n_layers:
             return []
-        _, bias = router_matrix(self.model, target, self.model.dtype)
-        weight = reused_gate(self.model, layer, target, self.model.dtype)
-        return [LinearHead(target, weight, bias if bool(bias.any()) else None)]
+        weight, bias = router_matrix(self.model, target, self.model.dtype)
+        ratio = norm_ratio(self.model, layer, target, self.model.dtype)
+        return [LinearHead(target, weight * ratio, bias if bool(bias.any()) else None)]
 
     def stream(self, seen: LayerView, target: int) -> Tensor | None:
         """What `target`'s norm and router are applied to, [T, H]; None: there is nothing to go by yet."""

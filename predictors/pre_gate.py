@@ -76,8 +76,13 @@ def reused_gate(model: ModelView, source: int, target: int, dtype: torch.dtype) 
     An RMS norm is g * x / rms(x), so g is what it makes of ones, and W (g_target * x / rms) = (W diag(g_target / g_source)) hidden.
     Where layer `source` blanks a channel (g = 0), the head starts blind to it.
     """
+    weight, _ = router_matrix(model, target, dtype)
+    return weight * norm_ratio(model, source, target, dtype)
+
+
+@torch.no_grad()
+def norm_ratio(model: ModelView, source: int, target: int, dtype: torch.dtype) -> Tensor:
+    """g_target / g_source, [1, H] float32; 0 where layer `source` blanks a channel."""
     ones = torch.ones(1, model.hidden_size, dtype=dtype, device=model.device)
     here, there = (model.pre_moe_norm[layer](ones).float() for layer in (source, target))
-    ratio = torch.where(here == 0, 0.0, there / here)  # [1, H]
-    weight, _ = router_matrix(model, target, dtype)
-    return weight * ratio
+    return torch.where(here == 0, 0.0, there / here)

@@ -45,7 +45,7 @@ class FusedRouter:
         self.bias = _stacked([bias, *(head.bias for head in heads or ())], weight)
         self.targets = None if heads is None else [head.target for head in heads]
         self.routing, self.hear = routing, hear
-        self.n_guesses = routing.top_k if self.targets else 0
+        self.n_guesses = 1 if self.targets else 0  # the least that the kernel chooses: planners go by all logits
         self.arrivals = torch.zeros(len(stack), dtype=torch.int32, device=weight.device)
         self._of_one_token: RepeatedLaunch | None = None  # checked once: what differs between its calls cannot be wrong
 

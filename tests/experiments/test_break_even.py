@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from hydra.utils import instantiate
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from omegaconf import OmegaConf
 
@@ -89,7 +90,7 @@ def test_along_the_map_only_the_bandwidth_of_a_measured_link_changes(tmp_path: P
     dataclasses.replace(run, config=run.config | {"tier": tier}).save(tmp_path / "run")
     machine = {"_target_": "experiments.machines.measured.Measured", "run": str(tmp_path / "run"), "link": None}
     cfg = OmegaConf.create({"machine": machine, "cache": {"slots": 0.25}, "lookahead": 1, "seed": 0})
-    at_point = configured(cfg, Point(0.5, 7e9, None))
+    at_point = configured(cfg, Point(0.5, 7e9, None), instantiate(cfg.machine).the_link())
     assert at_point.machine.link == {"bytes_per_s": 7e9, "latency_s": 3e-5, "chunk_bytes": 4096}
     assert at_point.cache.slots == 0.5 and cfg.machine.link is None
 
